@@ -1,0 +1,21 @@
+//! ReSqlite: SQLite, replicated by Raft.
+//!
+//! This library is what both daemons, the command line and client programs share:
+//!
+//! - [`api`]: the generated gRPC messages and services of `proto/`,
+//! - [`config`]: the one YAML file that both daemons read,
+//! - [`daemon`]: what makes a process a good daemon (logs, signals, sd-notify),
+//! - [`sql_text`]: where one SQL statement ends and the next begins,
+//! - [`client`]: the asynchronous client library.
+//!
+//! It knows nothing of Raft's rules, of sled or of SQLite's library: those
+//! belong to `raftd` and `sqlited`.
+
+pub mod api;
+pub mod client;
+pub mod config;
+pub mod daemon;
+pub mod sql_text;
+
+#[cfg(feature = "cli")]
+pub mod cli;
