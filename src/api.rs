@@ -1,7 +1,7 @@
 //! The generated gRPC messages, clients and servers of `proto/resqlite/v1`.
 
 #![allow(missing_docs, reason = "generated; the .proto files carry the comments")]
-#![allow(clippy::all, reason = "generated")]
+#![allow(clippy::all, unused_qualifications, reason = "generated")]
 
 tonic::include_proto!("resqlite.v1");
 

@@ -1,0 +1,150 @@
+//! What makes a process a good daemon: logs, signals, readiness and watchdog.
+//!
+//! Shared by `raftd` and `sqlited`, so that both behave alike under systemd,
+//! on a terminal, and below a playground. It knows nothing of what they do.
+
+use std::{
+    io::{self, IsTerminal, Read},
+    thread,
+    time::Duration,
+};
+
+use sd_notify::NotifyState;
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
+use tokio::sync::watch;
+use tracing_subscriber::EnvFilter;
+
+/// Starts logging to stderr: for a person on a terminal, one line each otherwise.
+///
+/// `RESQLITE_LOG` filters it as `RUST_LOG` does elsewhere; the default is `info`.
+pub fn init_logging() {
+    let filter = EnvFilter::try_from_env("RESQLITE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    // journald stamps the lines itself and says so in JOURNAL_STREAM (systemd.exec(5)).
+    if std::env::var_os("JOURNAL_STREAM").is_some() {
+        builder.without_time().with_ansi(false).init();
+    } else {
+        builder.with_ansi(io::stderr().is_terminal()).init();
+    }
+}
+
+/// Tells every part of a process that it is to stop. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Shutdown {
+    sender: watch::Sender<bool>,
+}
+
+impl Shutdown {
+    /// One that has not been triggered.
+    pub fn new() -> Self {
+        Self { sender: watch::Sender::new(false) }
+    }
+
+    /// Asks everybody to stop; more than once does no harm.
+    pub fn trigger(&self) {
+        self.sender.send_replace(true);
+    }
+
+    /// Whether it has been triggered.
+    pub fn is_triggered(&self) -> bool {
+        *self.sender.borrow()
+    }
+
+    /// Returns once it has been triggered.
+    pub async fn wait(&self) {
+        // We hold a sender ourselves, so waiting cannot fail for want of one.
+        let _ = self.sender.subscribe().wait_for(|triggered| *triggered).await;
+    }
+}
+
+impl Default for Shutdown {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Counts the requests to reload the configuration (SIGHUP).
+pub type Reloads = watch::Receiver<u64>;
+
+/// Handles SIGTERM and SIGINT by triggering `shutdown`, and counts SIGHUP, on a thread of its own.
+pub fn handle_signals(shutdown: &Shutdown) -> io::Result<Reloads> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
+    let (reloads, receiver) = watch::channel(0);
+    let shutdown = shutdown.clone();
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        for signal in signals.forever() {
+            match signal {
+                SIGHUP => reloads.send_modify(|count| *count += 1),
+                _ => shutdown.trigger(),
+            }
+        }
+    })?;
+    Ok(receiver)
+}
+
+/// Triggers `shutdown` when stdin ends: whoever started us and held the other
+/// end of the pipe is gone, by whatever means, and nobody would stop us otherwise.
+pub fn stop_with_stdin(shutdown: &Shutdown) -> io::Result<()> {
+    let shutdown = shutdown.clone();
+    thread::Builder::new().name("stdin".into()).spawn(move || {
+        let mut discarded = [0; 256];
+        while matches!(io::stdin().read(&mut discarded), Ok(1..)) {}
+        shutdown.trigger();
+    })?;
+    Ok(())
+}
+
+/// Tells systemd that the service is ready. Silent without systemd, as are the others.
+pub fn notify_ready() {
+    notify(&[NotifyState::Ready]);
+}
+
+/// The line that `systemctl status` shows.
+pub fn notify_status(status: &str) {
+    notify(&[NotifyState::Status(status)]);
+}
+
+/// Tells systemd that the service is stopping.
+pub fn notify_stopping() {
+    notify(&[NotifyState::Stopping]);
+}
+
+/// Keeps systemd's watchdog quiet for as long as the runtime that polls this
+/// future makes progress. Returns at once when no watchdog is set.
+pub async fn feed_watchdog() {
+    let Some(timeout) = sd_notify::watchdog_enabled() else { return };
+    // Half of the timeout, as sd_watchdog_enabled(3) recommends.
+    let mut interval = tokio::time::interval((timeout / 2).max(Duration::from_millis(1)));
+    loop {
+        interval.tick().await;
+        notify(&[NotifyState::Watchdog]);
+    }
+}
+
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(%error, "systemd was not notified");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_shutdown_reaches_those_who_wait_and_those_who_come_late() {
+        let shutdown = Shutdown::new();
+        let early = tokio::spawn({
+            let shutdown = shutdown.clone();
+            async move { shutdown.wait().await }
+        });
+        assert!(!shutdown.is_triggered());
+        shutdown.trigger();
+        early.await.unwrap();
+        shutdown.wait().await;
+        assert!(shutdown.is_triggered());
+    }
+}
