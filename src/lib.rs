@@ -3,6 +3,7 @@
 //! This library is what both daemons, the command line and client programs share:
 //!
 //! - [`api`]: the generated gRPC messages and services of `proto/`,
+//! - [`codec`]: how those become bytes,
 //! - [`config`]: the one YAML file that both daemons read,
 //! - [`daemon`]: what makes a process a good daemon (logs, signals, sd-notify),
 //! - [`sql_text`]: where one SQL statement ends and the next begins,
@@ -13,6 +14,7 @@
 
 pub mod api;
 pub mod client;
+pub mod codec;
 pub mod config;
 pub mod daemon;
 pub mod sql_text;
