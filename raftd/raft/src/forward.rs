@@ -1,0 +1,164 @@
+//! Proposals: appended by a leader, forwarded by a follower, refused when nobody leads.
+//!
+//! Nothing is queued here. A batch is appended, is on its way to the leader, or
+//! is dropped at once with the reason. A forwarded batch whose answer does not
+//! come is *unknown*, which is not the same as dropped: it may still commit.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+
+use crate::{
+    error::ProposeError,
+    message::{Appended, Body, DropReason, ForwardOutcome},
+    node::{Node, State},
+    ready::{Outbox, ProposalResult},
+    types::NodeId,
+};
+
+/// What a batch and each of its payloads count for, beside their bytes.
+const OVERHEAD_BYTES: usize = 40;
+
+/// Batches that the leader was handed, and whose answers are still to come.
+#[derive(Debug)]
+pub(crate) struct Forwarded {
+    /// Its upper half names this life of the node, its lower half counts the batches in it: the leader refuses what
+    /// it has seen before, whatever the network repeats.
+    next_id: u64,
+    batches: BTreeMap<u64, Batch>,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Batch {
+    /// As the driver calls it.
+    batch_id: u64,
+    bytes: usize,
+    sent_at_tick: u64,
+}
+
+impl Forwarded {
+    pub(crate) fn new(life: u32) -> Self {
+        Self { next_id: u64::from(life) << 32, batches: BTreeMap::new(), bytes: 0 }
+    }
+
+    /// Nobody will answer any more. Each batch may or may not have been appended.
+    pub(crate) fn abandon(&mut self, outbox: &mut Outbox) {
+        for batch in std::mem::take(&mut self.batches).into_values() {
+            outbox.proposal(batch.batch_id, ProposalResult::Unknown);
+        }
+        self.bytes = 0;
+    }
+
+    fn answer(&mut self, id: u64, result: ProposalResult, outbox: &mut Outbox) {
+        if let Some(batch) = self.batches.remove(&id) {
+            self.bytes -= batch.bytes;
+            outbox.proposal(batch.batch_id, result);
+        }
+    }
+}
+
+/// Whether a peer's batch has not been taken before. Batches of one life of a peer are numbered upward; a new life
+/// begins somewhere else.
+fn is_new(seen: &mut BTreeMap<NodeId, u64>, peer: NodeId, id: u64) -> bool {
+    match seen.insert(peer, id) {
+        Some(last) if last >> 32 == id >> 32 && last >= id => {
+            seen.insert(peer, last);
+            false
+        }
+        Some(_) | None => true,
+    }
+}
+
+impl Node {
+    /// Proposes payloads, which become consecutive entries; what became of them comes in a [`Ready`](crate::Ready).
+    /// Choose `batch_id` as you like: the core does not compare it with others.
+    ///
+    /// # Errors
+    /// The batch is empty.
+    pub fn propose(&mut self, batch_id: u64, payloads: Vec<Bytes>) -> Result<(), ProposeError> {
+        if payloads.is_empty() {
+            return Err(ProposeError::EmptyBatch);
+        }
+        match self.state {
+            State::Leader(_) => {
+                let result = match self.append_if_allowed(payloads) {
+                    Ok(appended) => ProposalResult::Appended(appended),
+                    Err(reason) => ProposalResult::Dropped(reason),
+                };
+                self.outbox.proposal(batch_id, result);
+            }
+            State::Follower { leader: Some(leader) } => self.forward(leader, batch_id, payloads),
+            State::Follower { leader: None } | State::PreCandidate(_) | State::Candidate(_) => {
+                self.outbox.proposal(batch_id, ProposalResult::Dropped(DropReason::NoLeader));
+            }
+        }
+        Ok(())
+    }
+
+    fn append_if_allowed(&mut self, payloads: Vec<Bytes>) -> Result<Appended, DropReason> {
+        let State::Leader(leader) = &self.state else { return Err(DropReason::NoLeader) };
+        if leader.transfer.is_some() {
+            return Err(DropReason::Transferring);
+        }
+        if !leader.has_room(size_bytes(&payloads), &self.options) {
+            return Err(DropReason::Overloaded);
+        }
+        Ok(self.append_payloads(payloads))
+    }
+
+    fn forward(&mut self, leader: NodeId, batch_id: u64, payloads: Vec<Bytes>) {
+        let bytes = OVERHEAD_BYTES + size_bytes(&payloads);
+        let forwarded = &mut self.forwarded;
+        if forwarded.bytes > 0 && forwarded.bytes.saturating_add(bytes) > self.options.max_forwarded_bytes {
+            self.outbox.proposal(batch_id, ProposalResult::Dropped(DropReason::Overloaded));
+            return;
+        }
+        let id = forwarded.next_id;
+        forwarded.next_id = id.wrapping_add(1);
+        forwarded.bytes += bytes;
+        forwarded.batches.insert(id, Batch { batch_id, bytes, sent_at_tick: self.ticks });
+        self.send(leader, Body::Forward { batch_id: id, payloads });
+    }
+
+    pub(crate) fn handle_forward(&mut self, from: NodeId, batch_id: u64, payloads: Vec<Bytes>) {
+        if let State::Leader(leader) = &mut self.state
+            && !is_new(&mut leader.forwarded_by, from, batch_id)
+        {
+            // The first copy has been answered. An answer to this one could only contradict it.
+            return;
+        }
+        let outcome = self.append_if_allowed(payloads);
+        self.send(from, Body::ForwardResponse { batch_id, outcome });
+    }
+
+    /// Only the leader that was handed the batch may answer: on a change of leader or term the batch is given up, and
+    /// ids are never used twice.
+    pub(crate) fn handle_forward_response(&mut self, from: NodeId, batch_id: u64, outcome: ForwardOutcome) {
+        if self.leader() != Some(from) {
+            return;
+        }
+        let result = match outcome {
+            Ok(appended) => ProposalResult::Appended(appended),
+            Err(reason) => ProposalResult::Dropped(reason),
+        };
+        self.forwarded.answer(batch_id, result, &mut self.outbox);
+    }
+
+    /// Gives up batches whose answer must have been lost.
+    pub(crate) fn expire_forwarded(&mut self) {
+        let patience = 2 * u64::from(self.options.election_ticks);
+        while let Some((id, batch)) = self.forwarded.batches.first_key_value() {
+            if self.ticks - batch.sent_at_tick < patience {
+                return;
+            }
+            let id = *id;
+            self.forwarded.answer(id, ProposalResult::Unknown, &mut self.outbox);
+        }
+    }
+}
+
+/// What payloads count for where bytes are bounded.
+fn size_bytes(payloads: &[Bytes]) -> usize {
+    payloads.iter().map(|payload| payload.len() + OVERHEAD_BYTES).sum()
+}

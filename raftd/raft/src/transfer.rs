@@ -1,0 +1,76 @@
+//! Handing leadership to a chosen successor (dissertation, section 3.10).
+//!
+//! The leader takes no new proposals, waits until the successor holds its whole
+//! log, and tells it to campaign at once. If nothing has come of it within an
+//! election timeout, the leader goes on.
+
+use std::cmp::Reverse;
+
+use crate::{
+    error::TransferError,
+    message::Body,
+    node::{Node, State},
+    types::NodeId,
+};
+
+/// A transfer under way.
+#[derive(Debug)]
+pub(crate) struct Transfer {
+    pub(crate) to: NodeId,
+    elapsed: u32,
+    told: bool,
+}
+
+impl Node {
+    /// Hands leadership to a peer, or to the one with the longest log of those heard lately.
+    ///
+    /// # Errors
+    /// This node does not lead, hands over already, or has nobody to hand over to.
+    pub fn transfer_leadership(&mut self, to: Option<NodeId>) -> Result<(), TransferError> {
+        let State::Leader(leader) = &mut self.state else { return Err(TransferError::NotLeader) };
+        if let Some(transfer) = &leader.transfer {
+            return Err(TransferError::UnderWay(transfer.to));
+        }
+        let to = match to {
+            Some(peer) if self.options.is_peer(peer) => peer,
+            Some(stranger) => return Err(TransferError::UnknownPeer(stranger)),
+            None => leader
+                .progress
+                .iter()
+                .filter(|(_, progress)| progress.recently_active)
+                .max_by_key(|(peer, progress)| (progress.matched(), Reverse(**peer)))
+                .map(|(peer, _)| *peer)
+                .ok_or(TransferError::NoSuccessor)?,
+        };
+        leader.transfer = Some(Transfer { to, elapsed: 0, told: false });
+        self.continue_transfer();
+        Ok(())
+    }
+
+    /// Tells the successor to campaign, once it holds everything.
+    pub(crate) fn continue_transfer(&mut self) {
+        let State::Leader(leader) = &mut self.state else { return };
+        let Some(transfer) = &mut leader.transfer else { return };
+        let to = transfer.to;
+        if !transfer.told && leader.progress[&to].matched() == self.log.last().index {
+            transfer.told = true;
+            self.send(to, Body::TimeoutNow);
+        }
+    }
+
+    pub(crate) fn tick_transfer(&mut self) {
+        let State::Leader(leader) = &mut self.state else { return };
+        let Some(transfer) = &mut leader.transfer else { return };
+        transfer.elapsed += 1;
+        if transfer.elapsed >= self.options.election_ticks {
+            leader.transfer = None;
+        }
+    }
+
+    /// The leader wants this node to succeed it: campaign without asking first.
+    pub(crate) fn handle_timeout_now(&mut self, from: NodeId) {
+        if matches!(self.state, State::Follower { leader: Some(leader) } if leader == from) {
+            self.become_candidate(true);
+        }
+    }
+}
