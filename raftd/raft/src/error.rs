@@ -165,7 +165,7 @@ pub enum TransferError {
     /// The successor is not a peer of this node.
     #[error("node {0} is not a peer")]
     UnknownPeer(NodeId),
-    /// No peer was heard of lately.
-    #[error("no peer can take over")]
+    /// This node is the only member.
+    #[error("there is nobody to take over")]
     NoSuccessor,
 }

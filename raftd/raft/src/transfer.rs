@@ -22,7 +22,8 @@ pub(crate) struct Transfer {
 }
 
 impl Node {
-    /// Hands leadership to a peer, or to the one with the longest log of those heard lately.
+    /// Hands leadership to a peer, or else to the one that holds most of the log, of those heard lately if there are
+    /// any.
     ///
     /// # Errors
     /// This node does not lead, hands over already, or has nobody to hand over to.
@@ -37,8 +38,9 @@ impl Node {
             None => leader
                 .progress
                 .iter()
-                .filter(|(_, progress)| progress.recently_active)
-                .max_by_key(|(peer, progress)| (progress.matched(), Reverse(**peer)))
+                .max_by_key(|(peer, progress)| {
+                    (progress.recently_active, progress.matched(), Reverse(**peer))
+                })
                 .map(|(peer, _)| *peer)
                 .ok_or(TransferError::NoSuccessor)?,
         };
