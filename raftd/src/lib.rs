@@ -1,1 +1,233 @@
-//! x
+//! raftd: consensus and the durable log, as a process.
+//!
+//! It replicates opaque payloads between the members of a cluster and hands
+//! them, committed and durable, to the state machine on its Unix socket. It
+//! never looks inside a payload and knows nothing of SQL.
+//!
+//! ```text
+//! peers ──▶ peer_service ─┐                       ┌─▶ peer ──▶ peers
+//!                         ├─▶ driver (raft::Node) ┤
+//! socket ─▶ log_service ──┘         │   ▲         └─▶ log_service ─▶ socket
+//!                                   ▼   │ durable
+//!                              store (log writer thread, sled)
+//! ```
+
+pub mod convert;
+pub mod driver;
+pub mod log_service;
+pub mod peer;
+pub mod peer_service;
+pub mod proposals;
+pub mod store;
+
+use std::{collections::BTreeMap, sync::atomic::AtomicBool, time::Duration};
+
+use resqlite::{
+    api::{log_service_server::LogServiceServer, raft_service_server::RaftServiceServer},
+    config::{Config, EXIT_CONFIG},
+    daemon::{self, Shutdown},
+};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::{mpsc, watch},
+};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::{Endpoint, Server, server::TcpIncoming};
+
+use crate::{
+    convert::Envelope,
+    driver::{Driver, DriverError, DriverHandle, DriverParts, Progress, Timing},
+    log_service::{LocalLogParts, LocalLogService},
+    peer::{Peer, PeerOptions},
+    peer_service::PeerService,
+    store::{Store, StoreError, StoreOptions},
+};
+
+/// What one peer message may measure: an append of the largest entry, and then some.
+const MESSAGE_SLACK_BYTES: usize = 2 << 20;
+
+/// Where the daemon listens; bound by the caller, so that tests choose free ports.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For the peers.
+    pub raft: TcpListener,
+    /// For the state machine beside it.
+    pub local: UnixListener,
+}
+
+/// Why raftd ended.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The log cannot be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The log and the hard state do not make a node.
+    #[error("this node cannot start: {0}")]
+    Node(#[from] raft::NewError),
+    /// The event loop failed.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// A member's address cannot be used.
+    #[error("the raft address of member {id} cannot be used: {reason}")]
+    Address {
+        /// The member.
+        id: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A listener failed.
+    #[error("a listener failed: {0}")]
+    Serve(#[from] tonic::transport::Error),
+    /// The operating system gives no random numbers.
+    #[error("no entropy: {0}")]
+    Entropy(#[from] getrandom::Error),
+}
+
+impl RunError {
+    /// The process's exit status: 78 when only the operator can help, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Store(error) if error.is_configuration() => EXIT_CONFIG,
+            Self::Address { .. } => EXIT_CONFIG,
+            _ => 1,
+        }
+    }
+}
+
+/// Runs the daemon until `shutdown`, or until it must not go on.
+pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Result<(), RunError> {
+    let cluster_id = config.cluster_id();
+    let mut store = Store::open(StoreOptions {
+        data_dir: config.raftd.data_dir.clone(),
+        cache_bytes: config.raftd.cache_bytes,
+        cluster_id,
+        node_id: config.node_id,
+    })?;
+    let reader = store.reader();
+    let node = raft::Node::new(core_options(&config)?, store.hard_state(), Box::new(reader.clone()))?;
+    let envelope = Envelope { cluster_id, incarnation: store.incarnation() };
+
+    let (driver, inputs) = DriverHandle::new();
+    let (progress, progress_receiver) = watch::channel(Progress::default());
+    let (durable_sender, durable) = mpsc::unbounded_channel();
+    let writer = store.start_writer(Box::new(move |result| drop(durable_sender.send(result))))?;
+    let peers = start_peers(&config, envelope, &driver)?;
+    let parts = DriverParts {
+        node,
+        envelope,
+        timing: timing(&config),
+        inputs,
+        durable,
+        writer,
+        reader: reader.clone(),
+        peers,
+        progress,
+    };
+    let local = LocalLogService::new(LocalLogParts {
+        node_id: config.node_id,
+        cluster_id,
+        max_payload_bytes: max_payload_bytes(&config),
+        driver: driver.clone(),
+        progress: progress_receiver.clone(),
+        reader,
+        store: store.handle(),
+        shutdown: shutdown.clone(),
+        attached: AtomicBool::new(false),
+    });
+    let peer_service = PeerService::new(config.node_id, cluster_id, driver);
+
+    daemon::notify_ready();
+    tracing::info!(node = config.node_id, cluster = config.cluster.name, "raftd is up");
+    let result = tokio::select! {
+        result = Driver::new(parts).run(shutdown.clone()) => result.map_err(RunError::from),
+        result = serve(&config, listeners, local, peer_service) => result,
+        () = daemon::feed_watchdog() => unreachable!("a watchdog is fed for ever"),
+        () = report_status(progress_receiver) => unreachable!("the driver outlives its reports"),
+    };
+    daemon::notify_stopping();
+    result
+}
+
+fn core_options(config: &Config) -> Result<raft::Options, RunError> {
+    let ids = config.cluster.members.iter().map(|member| member.id);
+    let mut options = raft::Options::new(config.node_id, ids, getrandom::u64()?);
+    options.heartbeat_ticks = TICKS_PER_HEARTBEAT;
+    let ticks = config.cluster.election_timeout_ms * u64::from(TICKS_PER_HEARTBEAT)
+        / config.cluster.heartbeat_interval_ms;
+    options.election_ticks = u32::try_from(ticks).unwrap_or(u32::MAX);
+    Ok(options)
+}
+
+/// Finer ticks than heartbeats spread the election timeouts of the followers.
+const TICKS_PER_HEARTBEAT: u32 = 2;
+
+fn timing(config: &Config) -> Timing {
+    Timing {
+        tick: Duration::from_millis(config.cluster.heartbeat_interval_ms) / TICKS_PER_HEARTBEAT,
+        handover_patience: Duration::from_millis(config.cluster.election_timeout_ms).min(Duration::from_secs(3)),
+    }
+}
+
+/// The largest payload: a full request of sqlited and its envelope.
+fn max_payload_bytes(config: &Config) -> usize {
+    usize::try_from(config.sqlited.max_request_bytes).unwrap_or(usize::MAX).saturating_add(64 << 10)
+}
+
+fn start_peers(
+    config: &Config,
+    envelope: Envelope,
+    driver: &DriverHandle,
+) -> Result<BTreeMap<u64, Peer>, RunError> {
+    let patience = Duration::from_millis(config.cluster.election_timeout_ms);
+    let others = config.cluster.members.iter().filter(|member| member.id != config.node_id);
+    let start = |member: &resqlite::config::Member| {
+        let endpoint = Endpoint::from_shared(format!("http://{}", member.raft))
+            .map_err(|error| RunError::Address { id: member.id, reason: error.to_string() })?;
+        let options = PeerOptions { envelope, patience };
+        Ok((member.id, Peer::start(member.id, endpoint, options, driver.clone())))
+    };
+    others.map(start).collect()
+}
+
+async fn serve(
+    config: &Config,
+    listeners: Listeners,
+    local: LocalLogService,
+    peer_service: PeerService,
+) -> Result<(), RunError> {
+    let message_bytes = max_payload_bytes(config) + MESSAGE_SLACK_BYTES;
+    let keep_alive = Duration::from_millis(config.cluster.election_timeout_ms);
+    let peers = Server::builder()
+        .http2_keepalive_interval(Some(keep_alive))
+        .http2_keepalive_timeout(Some(keep_alive))
+        .initial_stream_window_size(8 << 20)
+        .initial_connection_window_size(16 << 20)
+        .add_service(RaftServiceServer::new(peer_service).max_decoding_message_size(message_bytes))
+        .serve_with_incoming(TcpIncoming::from(listeners.raft).with_nodelay(Some(true)));
+    let local = Server::builder()
+        .initial_stream_window_size(8 << 20)
+        .initial_connection_window_size(16 << 20)
+        .add_service(LogServiceServer::new(local).max_decoding_message_size(message_bytes))
+        .serve_with_incoming(UnixListenerStream::new(listeners.local));
+    tokio::try_join!(peers, local)?;
+    Ok(())
+}
+
+/// Keeps the line that `systemctl status` shows.
+async fn report_status(mut progress: watch::Receiver<Progress>) {
+    let mut shown = String::new();
+    loop {
+        let line = {
+            let now = progress.borrow_and_update();
+            let leader = now.leader.map_or("none".into(), |leader| leader.to_string());
+            format!("{:?}, term {}, leader {leader}", now.role, now.term)
+        };
+        if line != shown {
+            daemon::notify_status(&line);
+            shown = line;
+        }
+        if progress.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}

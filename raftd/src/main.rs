@@ -1,1 +1,94 @@
-fn main(){}
+//! The raftd program: reads the configuration, binds the listeners, runs the daemon.
+
+use std::{fs, io, os::unix::net::UnixStream, path::{Path, PathBuf}, process::ExitCode};
+
+use clap::Parser;
+use raftd::Listeners;
+use resqlite::{
+    config::{Config, DEFAULT_PATH, EXIT_CONFIG},
+    daemon::{self, Shutdown},
+};
+use tokio::net::{TcpListener, UnixListener};
+
+/// The consensus daemon of ReSqlite.
+#[derive(Parser)]
+#[command(name = "raftd", version)]
+struct Arguments {
+    /// The configuration file, shared with sqlited.
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
+    config: PathBuf,
+    /// Check the configuration and exit.
+    #[arg(long)]
+    check: bool,
+    /// Stop when standard input ends.
+    #[arg(long)]
+    stop_with_stdin: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let config = match Config::load(&arguments.config) {
+        Ok(config) => config,
+        Err(error) => return fail(EXIT_CONFIG, &error),
+    };
+    if arguments.check {
+        return ExitCode::SUCCESS;
+    }
+    daemon::init_logging();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime.map(|runtime| runtime.block_on(start(config, arguments.stop_with_stdin))) {
+        Ok(code) => code,
+        Err(error) => fail(1, &error),
+    }
+}
+
+async fn start(config: Config, stop_with_stdin: bool) -> ExitCode {
+    let shutdown = Shutdown::new();
+    let prepared = prepare(&config, &shutdown, stop_with_stdin).await;
+    let listeners = match prepared {
+        Ok(listeners) => listeners,
+        Err(error) => return fail(1, &error),
+    };
+    let socket = config.raftd.socket.clone();
+    let result = raftd::run(config, listeners, shutdown).await;
+    let _ = fs::remove_file(socket);
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(error.exit_code(), &error),
+    }
+}
+
+async fn prepare(config: &Config, shutdown: &Shutdown, stop_with_stdin: bool) -> io::Result<Listeners> {
+    let mut reloads = daemon::handle_signals(shutdown)?;
+    tokio::spawn(async move {
+        while reloads.changed().await.is_ok() {
+            tracing::info!("nothing in raftd's configuration can be reloaded; restart it to apply changes");
+        }
+    });
+    if stop_with_stdin {
+        daemon::stop_with_stdin(shutdown)?;
+    }
+    let raft = TcpListener::bind(config.raftd.listen).await.map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot listen on {}: {error}", config.raftd.listen))
+    })?;
+    let local = bind_socket(&config.raftd.socket).map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot listen on {}: {error}", config.raftd.socket.display()))
+    })?;
+    Ok(Listeners { raft, local })
+}
+
+/// Binds the Unix socket, over the file that a killed raftd left behind but never under a living one.
+fn bind_socket(path: &Path) -> io::Result<UnixListener> {
+    if path.exists() {
+        if UnixStream::connect(path).is_ok() {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another raftd serves it"));
+        }
+        fs::remove_file(path)?;
+    }
+    UnixListener::bind(path)
+}
+
+fn fail(code: u8, error: &dyn std::error::Error) -> ExitCode {
+    eprintln!("raftd: {error}");
+    ExitCode::from(code)
+}

@@ -1,0 +1,30 @@
+# The two commands are `make playground` and `make test`.
+
+CARGO   ?= cargo
+PROFILE ?= release
+BIN      = target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+
+.PHONY: playground test build check tools clean help
+
+help: ## what there is to make
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+playground: build ## builds, starts three nodes, opens the shell (or runs the SQL on standard input)
+	@$(BIN)/resqlite playground $(ARGS)
+
+test: tools build ## installs what the tests need, runs everything
+	$(CARGO) test --profile $(PROFILE) --workspace
+
+build: ## the three programs
+	@$(CARGO) build --profile $(PROFILE) --workspace --bins </dev/null
+
+check: ## formatting and lints, as CI sees them
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --profile $(PROFILE) --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --profile $(PROFILE) --workspace --no-deps --document-private-items
+
+tools: ## what the tests need beside Rust: sqlite3, strace, a Python with grpcio
+	@tests/install-tools
+
+clean: ## removes what was built
+	$(CARGO) clean

@@ -1,0 +1,420 @@
+//! The event loop around the Raft core.
+//!
+//! One task owns the core. It takes what has gathered (messages, proposals,
+//! reads, durable writes, ticks), steps the core through all of it, and then
+//! carries out what the core is ready for:
+//!
+//! - entries and hard state go to the log writer's thread,
+//! - messages that need nothing durable go to the peers at once,
+//! - messages that promise something wait until that is durable,
+//! - followers of the log are told how far it is committed and durable here.
+//!
+//! It never looks inside a payload, and it never waits for a disk or a peer.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use raft::{
+    Appended, DropReason, Index, Log, LogError, Message, Node, NodeId, ProposalResult, ProposeError, Ready, Role,
+    SoftState, StepError, Term, TransferError,
+};
+use resqlite::{
+    api::{self, PeerMessage, ProposalRefusal, ProposalUnknown, proposal_outcome::Outcome},
+    daemon::Shutdown,
+};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, MissedTickBehavior},
+};
+
+use crate::{
+    convert::{self, Envelope},
+    peer::Peer,
+    proposals::{Proposals, ReplySender, Waiter, refused},
+    store::{LogReader, LogWriter, StoreError, Write},
+};
+
+/// How many inputs may wait for the loop. A full queue makes the senders wait,
+/// and through HTTP/2 flow control those who send to them.
+const QUEUE_INPUTS: usize = 4_096;
+
+/// How many inputs one turn of the loop takes before it lets the core act.
+const INPUTS_PER_TURN: usize = 512;
+
+/// What can happen to a node.
+#[derive(Debug)]
+pub enum Input {
+    /// A message of a peer.
+    Peer(Message),
+    /// A peer asks for a vote and waits for the answer.
+    VoteRequest(Message, oneshot::Sender<PeerMessage>),
+    /// The stream on which a peer spoke to us has ended.
+    PeerStreamBroken(NodeId),
+    /// Our stream to a peer is up.
+    PeerConnected(NodeId),
+    /// Our stream to a peer is down.
+    PeerUnreachable(NodeId),
+    /// Local proposals: their ids and payloads, pairwise, and where the answers go.
+    Propose(Vec<u64>, Vec<Bytes>, ReplySender),
+    /// A local reader asks for a read index; None means "ask again".
+    ReadBarrier(oneshot::Sender<Option<Index>>),
+    /// Somebody asks how this node is.
+    Status(oneshot::Sender<raft::Status>),
+    /// Leadership is to go to this member, or to the most advanced one; answered once that has begun.
+    Transfer(Option<NodeId>, oneshot::Sender<Result<(), TransferError>>),
+}
+
+/// How everybody else speaks to the loop.
+#[derive(Clone, Debug)]
+pub struct DriverHandle {
+    inputs: mpsc::Sender<Input>,
+}
+
+impl DriverHandle {
+    /// A handle, and the queue to start a [`Driver`] with.
+    pub fn new() -> (Self, mpsc::Receiver<Input>) {
+        let (inputs, receiver) = mpsc::channel(QUEUE_INPUTS);
+        (Self { inputs }, receiver)
+    }
+
+    /// Waits for room and sends. A loop that has ended takes nothing more.
+    pub async fn send(&self, input: Input) {
+        let _ = self.inputs.send(input).await;
+    }
+
+    /// Delivers a peer's answer, unless it cannot be understood.
+    pub async fn deliver(&self, message: PeerMessage) {
+        match convert::from_wire(message) {
+            Ok(message) => self.send(Input::Peer(message)).await,
+            Err(error) => tracing::warn!(%error, "a peer's answer was dropped"),
+        }
+    }
+}
+
+/// What the followers of the log watch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Committed, as far as this node knows.
+    pub commit_index: Index,
+    /// Committed and durable here: what may be handed to a state machine.
+    pub deliverable_index: Index,
+    /// This node's term.
+    pub term: Term,
+    /// The leader of that term, once known.
+    pub leader: Option<NodeId>,
+    /// What this node is.
+    pub role: Role,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self { commit_index: 0, deliverable_index: 0, term: 0, leader: None, role: Role::Follower }
+    }
+}
+
+/// Why the loop ended before it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// The log cannot be written or read: nothing more may be promised.
+    #[error("the log failed, so this node stops: {0}")]
+    Store(#[from] StoreError),
+    /// The core cannot read its log.
+    #[error("this node stops: {0}")]
+    Log(#[from] LogError),
+    /// A message showed that this node, or another one, cannot be trusted.
+    #[error("this node stops, on a message of node {peer}: {source}")]
+    Fatal {
+        /// Whose message it was.
+        peer: NodeId,
+        /// What it showed.
+        source: StepError,
+    },
+}
+
+/// How time passes.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// One tick of the core.
+    pub tick: Duration,
+    /// How long a leader that stops waits for its successor.
+    pub handover_patience: Duration,
+}
+
+/// The loop's state. [`Driver::run`] consumes it.
+pub struct Driver {
+    node: Node,
+    envelope: Envelope,
+    timing: Timing,
+    inputs: mpsc::Receiver<Input>,
+    durable: mpsc::UnboundedReceiver<Result<u64, StoreError>>,
+    writer: LogWriter,
+    reader: LogReader,
+    peers: BTreeMap<NodeId, Peer>,
+    progress: watch::Sender<Progress>,
+    proposals: Proposals,
+    gathered: Gathered,
+    soft_state: SoftState,
+    reads: BTreeMap<u64, oneshot::Sender<Option<Index>>>,
+    last_read_id: u64,
+    /// At most one waiting request for each peer and kind of vote.
+    votes: BTreeMap<(NodeId, bool), oneshot::Sender<PeerMessage>>,
+    /// Messages that wait for a Ready to be durable, oldest first.
+    unpersisted: VecDeque<(u64, Vec<Message>)>,
+}
+
+/// The local proposals of one turn: they become one batch for the core.
+#[derive(Default)]
+struct Gathered {
+    waiters: Vec<Waiter>,
+    payloads: Vec<Bytes>,
+}
+
+/// What a [`Driver`] is made of.
+pub struct DriverParts {
+    /// The core, ready to go.
+    pub node: Node,
+    /// Stamped on every message.
+    pub envelope: Envelope,
+    /// How time passes.
+    pub timing: Timing,
+    /// From [`DriverHandle::new`].
+    pub inputs: mpsc::Receiver<Input>,
+    /// What the log writer reports: the number of the last durable Ready.
+    pub durable: mpsc::UnboundedReceiver<Result<u64, StoreError>>,
+    /// Makes entries and hard state durable, in order.
+    pub writer: LogWriter,
+    /// Reads the log.
+    pub reader: LogReader,
+    /// The other members.
+    pub peers: BTreeMap<NodeId, Peer>,
+    /// Told of every change.
+    pub progress: watch::Sender<Progress>,
+}
+
+impl Driver {
+    /// Puts the parts together.
+    pub fn new(parts: DriverParts) -> Self {
+        let DriverParts { node, envelope, timing, inputs, durable, writer, reader, peers, progress } = parts;
+        let soft_state = SoftState { role: node.role(), term: node.status().term, leader: node.leader() };
+        Self {
+            node,
+            envelope,
+            timing,
+            inputs,
+            durable,
+            writer,
+            reader,
+            peers,
+            progress,
+            proposals: Proposals::default(),
+            gathered: Gathered::default(),
+            soft_state,
+            reads: BTreeMap::new(),
+            last_read_id: 0,
+            votes: BTreeMap::new(),
+            unpersisted: VecDeque::new(),
+        }
+    }
+
+    /// Runs until `shutdown`: then a leader hands leadership over, and the log is closed cleanly.
+    pub async fn run(mut self, shutdown: Shutdown) -> Result<(), DriverError> {
+        let result = self.turn_until(&shutdown).await;
+        self.proposals.abandon();
+        // Even after an error: what is queued is either made durable or never reported.
+        let closed = self.writer.shutdown();
+        result.and(closed.map_err(DriverError::from))
+    }
+
+    async fn turn_until(&mut self, shutdown: &Shutdown) -> Result<(), DriverError> {
+        let mut ticks = tokio::time::interval(self.timing.tick);
+        // After a pause of the whole process, time starts anew: a burst of
+        // ticks would only make a follower campaign against a live leader.
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut inputs = Vec::with_capacity(INPUTS_PER_TURN);
+        let mut stop_at = None;
+        loop {
+            self.node.set_clock(now_ms());
+            self.carry_out()?;
+            if let Some(at) = stop_at
+                && (!self.is_leader_with_peers() || Instant::now() >= at)
+            {
+                return Ok(());
+            }
+            tokio::select! {
+                biased;
+                durable = self.durable.recv() => self.persisted(durable)?,
+                count = self.inputs.recv_many(&mut inputs, INPUTS_PER_TURN) => {
+                    assert!(count > 0, "the driver's own peers hold handles on its queue");
+                    self.node.set_clock(now_ms());
+                    for input in inputs.drain(..) {
+                        self.take(input)?;
+                    }
+                    self.propose_gathered();
+                }
+                _ = ticks.tick() => self.node.tick(),
+                () = shutdown.wait(), if stop_at.is_none() => {
+                    stop_at = Some(Instant::now() + self.timing.handover_patience);
+                    // A follower has nothing to hand over, and a leader without a successor just stops.
+                    if let Err(error) = self.node.transfer_leadership(None) {
+                        tracing::info!(%error, "stopping without a handover");
+                        stop_at = Some(Instant::now());
+                    }
+                }
+            }
+        }
+    }
+
+    fn is_leader_with_peers(&self) -> bool {
+        self.soft_state.role == Role::Leader && !self.peers.is_empty()
+    }
+
+    fn take(&mut self, input: Input) -> Result<(), DriverError> {
+        match input {
+            Input::Peer(message) => self.step(message)?,
+            Input::VoteRequest(message, reply) => {
+                if let raft::Body::VoteRequest { pre_vote, .. } = message.body {
+                    self.votes.insert((message.from, pre_vote), reply);
+                }
+                self.step(message)?;
+            }
+            Input::PeerStreamBroken(peer) => self.node.leader_unreachable(peer),
+            Input::PeerConnected(peer) => self.node.peer_reachable(peer),
+            Input::PeerUnreachable(peer) => self.node.peer_unreachable(peer),
+            Input::Propose(ids, payloads, replies) => {
+                self.gathered.waiters.push(Waiter::new(ids, replies));
+                self.gathered.payloads.extend(payloads);
+            }
+            Input::ReadBarrier(reply) => {
+                self.last_read_id += 1;
+                self.reads.insert(self.last_read_id, reply);
+                self.node.read_index(self.last_read_id);
+            }
+            Input::Status(reply) => drop(reply.send(self.node.status())),
+            Input::Transfer(to, reply) => drop(reply.send(self.node.transfer_leadership(to))),
+        }
+        Ok(())
+    }
+
+    /// A peer's mistake is refused and noted; only our own failures end the loop.
+    fn step(&mut self, message: Message) -> Result<(), DriverError> {
+        let from = message.from;
+        match self.node.step(message) {
+            Ok(()) => Ok(()),
+            Err(source) if source.is_fatal() => Err(DriverError::Fatal { peer: from, source }),
+            Err(error) => {
+                tracing::warn!(peer = from, %error, "a message was refused");
+                Ok(())
+            }
+        }
+    }
+
+    fn propose_gathered(&mut self) {
+        let Gathered { waiters, payloads } = std::mem::take(&mut self.gathered);
+        let batch_id = self.proposals.register(waiters);
+        match self.node.propose(batch_id, payloads) {
+            Ok(()) => {}
+            // Nothing has gathered in this turn.
+            Err(ProposeError::EmptyBatch) => self.proposals.forget(batch_id),
+        }
+    }
+
+    fn persisted(&mut self, durable: Option<Result<u64, StoreError>>) -> Result<(), DriverError> {
+        let number = durable.expect("the log writer reports its end before it drops the channel")?;
+        self.node.persisted(number);
+        while self.unpersisted.front().is_some_and(|(waiting, _)| *waiting <= number) {
+            let (_, messages) = self.unpersisted.pop_front().expect("its front was just looked at");
+            self.send_all(messages);
+        }
+        Ok(())
+    }
+
+    /// Does what the core is ready for, until it is ready for nothing more.
+    fn carry_out(&mut self) -> Result<(), DriverError> {
+        while let Some(ready) = self.node.ready()? {
+            self.carry_out_one(ready)?;
+        }
+        Ok(())
+    }
+
+    fn carry_out_one(&mut self, ready: Ready) -> Result<(), DriverError> {
+        // The leader replicates in parallel with its own write (Raft thesis,
+        // section 10.2.1): these promise nothing that is not yet durable.
+        self.send_all(ready.messages);
+        // `ready.snapshots` is empty: entries are never discarded, so every peer can be served from the log.
+        if ready.must_persist() {
+            self.unpersisted.push_back((ready.number, ready.messages_after_persist));
+            self.writer.submit(Write {
+                number: ready.number,
+                hard_state: ready.hard_state,
+                install: ready.install,
+                entries: ready.entries,
+            })?;
+        }
+        if let Some(soft_state) = ready.soft_state {
+            let SoftState { role, term, leader } = soft_state;
+            tracing::info!(?role, term, leader, "role");
+            self.soft_state = soft_state;
+        }
+        for outcome in ready.proposals {
+            self.proposal_outcome(outcome.batch_id, outcome.result);
+        }
+        for outcome in ready.reads {
+            if let Some(reply) = self.reads.remove(&outcome.read_id) {
+                let _ = reply.send(outcome.index);
+            }
+        }
+        self.publish(ready.commit_index, ready.deliverable_index)
+    }
+
+    fn send_all(&mut self, messages: Vec<Message>) {
+        for message in messages {
+            if let raft::Body::VoteResponse { pre_vote, .. } = message.body {
+                // The answer to a unary call; who asked and gave up gets nothing.
+                if let Some(reply) = self.votes.remove(&(message.to, pre_vote)) {
+                    let _ = reply.send(convert::to_wire(message, self.envelope));
+                }
+                continue;
+            }
+            if let Some(peer) = self.peers.get(&message.to) {
+                peer.send(message);
+            }
+        }
+    }
+
+    fn proposal_outcome(&mut self, batch_id: u64, result: ProposalResult) {
+        match result {
+            ProposalResult::Appended(Appended { first_index, term }) => {
+                self.proposals.placed(batch_id, first_index, term);
+            }
+            ProposalResult::Dropped(reason) => {
+                let refusal = match reason {
+                    DropReason::NoLeader | DropReason::Transferring => ProposalRefusal::NoLeader,
+                    DropReason::Overloaded => ProposalRefusal::Overloaded,
+                };
+                self.proposals.answer(batch_id, refused(refusal));
+            }
+            ProposalResult::Unknown => self.proposals.answer(batch_id, Outcome::Unknown(ProposalUnknown {})),
+        }
+    }
+
+    /// Tells the followers of the log, and those who wait for proposals, how far things are.
+    fn publish(&mut self, commit_index: Index, deliverable_index: Index) -> Result<(), DriverError> {
+        let soft = self.soft_state;
+        let now = Progress { commit_index, deliverable_index, term: soft.term, leader: soft.leader, role: soft.role };
+        let before = self.progress.send_replace(now);
+        if before.commit_index != commit_index {
+            let reader = &self.reader;
+            let term_at = |index| -> Result<Option<Term>, LogError> { reader.term(index) };
+            self.proposals.committed(commit_index, term_at)?;
+        }
+        Ok(())
+    }
+}
+
+/// The wall clock, in milliseconds since 1970; the core never lets the log's time go backward.
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}

@@ -1,0 +1,14 @@
+//! Whole clusters of real processes: the tests of what users are promised.
+//!
+//! Every test starts its own daemons from the binaries beside the `resqlite`
+//! program, on free loopback ports, in a directory of its own. Nothing is
+//! replaced by a stand-in. Waits are for conditions, with a deadline.
+
+mod bad_input;
+mod durability;
+mod harness;
+mod playground;
+mod real_data;
+mod reflection;
+mod survival;
+mod visibility;
