@@ -1,0 +1,293 @@
+//! The durable store of one node: its log, its hard state, its identity.
+//!
+//! ```text
+//! data_dir/lock         held by the one process that uses the directory
+//! data_dir/hard_state   identity, term, vote, the log's base and mark (see `hard_state`)
+//! data_dir/log/         the entries, in sled (see `record`, `record_log`, `sled_log`)
+//! data_dir/ballast      room to give back when the disk is full
+//! ```
+//!
+//! Writes go through one thread ([`LogWriter`]), reads through any number of [`LogReader`]s. It knows Raft's words,
+//! but not its rules: what may be truncated or compacted is decided above.
+//!
+//! What is opened is either whole or refused. The log must reach from its base to its mark, unbroken; anything less
+//! is damage, even if sled opened it without a word.
+
+mod ballast;
+mod cache;
+mod error;
+mod hard_state;
+mod lock;
+pub mod log_store;
+pub mod memory_log;
+pub mod record;
+mod record_log;
+pub mod sled_log;
+mod term_runs;
+mod writer;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use raft::{HardState, NodeId, Position};
+
+use self::{
+    ballast::Ballast,
+    cache::{SharedWindow, Window},
+    hard_state::{HardStateFile, State, sync_dir},
+    lock::DirectoryLock,
+    log_store::{LogStore, LogStoreError},
+    record_log::{Mark, RecordLog, RecoverError},
+    sled_log::SledLog,
+    writer::LogThread,
+};
+pub use self::{
+    cache::{LogReader, ReadError},
+    error::StoreError,
+    hard_state::Identity,
+    writer::{LogWriter, Report, Write},
+};
+
+/// How much of the log's end stays in memory.
+const TAIL_BYTES: usize = 16 << 20;
+
+/// The incarnation of a directory that was made for a new member.
+const FIRST_INCARNATION: u64 = 1;
+
+/// What [`Store::open`] needs to know.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// The directory, made if it is not there.
+    pub data_dir: PathBuf,
+    /// How much memory sled may use to cache the log.
+    pub cache_bytes: u64,
+    /// Hash of the cluster's name and member ids.
+    pub cluster_id: u64,
+    /// This member.
+    pub node_id: NodeId,
+}
+
+/// An open store. It becomes useful through [`Store::reader`] and [`Store::start_writer`].
+pub struct Store {
+    identity: Identity,
+    hard_state: HardState,
+    reader: LogReader,
+    handle: StoreHandle,
+    /// Until the writer is started.
+    log_thread: Option<LogThread>,
+}
+
+impl Store {
+    /// Opens the store of a data directory, or makes a new one in an empty or missing directory.
+    ///
+    /// Reads and checks all of the retained log: this is linear in what compaction left, not in history.
+    pub fn open(options: StoreOptions) -> Result<Self, StoreError> {
+        let cache_bytes = options.cache_bytes;
+        Self::open_with(options, |dir, is_new| {
+            let opened =
+                if is_new { SledLog::create(dir, cache_bytes) } else { SledLog::open(dir, cache_bytes) };
+            opened.map(|log| Arc::new(log) as Arc<dyn LogStore>)
+        })
+    }
+
+    /// As [`Store::open`], with the log in another log store: `open_log` is given the log's directory and whether the
+    /// store is new.
+    pub fn open_with(
+        options: StoreOptions,
+        mut open_log: impl FnMut(&Path, bool) -> Result<Arc<dyn LogStore>, LogStoreError>,
+    ) -> Result<Self, StoreError> {
+        let dir = &options.data_dir;
+        make_dir(dir)?;
+        let lock = Arc::new(DirectoryLock::acquire(dir)?);
+        let ballast = Ballast::in_dir(dir);
+        ballast.release_if_full().map_err(StoreError::io(dir, "give back the ballast"))?;
+
+        let log_path = dir.join("log");
+        let mut open_log = |is_new| match open_log(&log_path, is_new) {
+            // On a full disk sled cannot even open; that is what the ballast is for.
+            Err(LogStoreError::Io(error))
+                if !is_new && error::is_full(&error) && ballast.release().is_ok_and(|released| released) =>
+            {
+                open_log(&log_path, false)
+            }
+            opened => opened,
+        };
+        let (hard_state, log) = match HardStateFile::open_if_there(&dir.join("hard_state"))? {
+            None => create(&options, &log_path, &mut open_log)?,
+            Some(found) => {
+                check_identity(&options, found.state().identity)?;
+                let log = open_log(false).map_err(StoreError::log(&log_path, "open the log"))?;
+                (found, log)
+            }
+        };
+        Self::recover(hard_state, log, log_path, ballast, lock)
+    }
+
+    fn recover(
+        mut file: HardStateFile,
+        log: Arc<dyn LogStore>,
+        log_path: PathBuf,
+        ballast: Ballast,
+        lock: Arc<DirectoryLock>,
+    ) -> Result<Self, StoreError> {
+        let mut state = file.state();
+        let mut window = Window::new(state.base, TAIL_BYTES);
+        let records = if state.discard_log {
+            // A crash came between the decision to begin anew after a snapshot and its end.
+            let emptied = RecordLog::begin_at(log.clone(), state.base);
+            emptied.map_err(StoreError::log(&log_path, "empty the log"))?
+        } else {
+            let recovered =
+                RecordLog::recover(log.clone(), state.base, state.mark, |entry| window.recover(entry));
+            recovered.map_err(|error| recover_error(&log_path, error))?
+        };
+        // Everything that was found is durable: the log was synced before it was opened. From here on this node may
+        // build on it, so the mark says so first. This also repairs a slot that a crash has torn.
+        state.mark = records.reach();
+        state.discard_log = false;
+        file.save(state)?;
+        if let Err(error) = ballast.renew() {
+            tracing::warn!(%error, "no room is kept in reserve for a full disk");
+        }
+        let window = SharedWindow::new(window);
+        let reader = LogReader::new(window.clone(), log.clone(), log_path.clone());
+        let log_thread = LogThread {
+            queue: Arc::default(),
+            window,
+            reader: reader.clone(),
+            log: records,
+            log_path: log_path.clone(),
+            hard_state: file,
+            ballast,
+            _lock: lock,
+            unsynced_mark_bytes: 0,
+        };
+        let handle = StoreHandle { log, log_path };
+        let State { identity, hard_state, .. } = state;
+        Ok(Self { identity, hard_state, reader, handle, log_thread: Some(log_thread) })
+    }
+
+    /// The term and the vote that were recovered.
+    pub fn hard_state(&self) -> HardState {
+        self.hard_state
+    }
+
+    /// Whose directory this is.
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Counts the lives of this member's data directory.
+    pub fn incarnation(&self) -> u64 {
+        self.identity.incarnation
+    }
+
+    /// Reads the log, on any thread.
+    pub fn reader(&self) -> LogReader {
+        self.reader.clone()
+    }
+
+    /// Watches the store.
+    pub fn handle(&self) -> StoreHandle {
+        self.handle.clone()
+    }
+
+    /// Starts the log-writer thread, which calls `report`.
+    ///
+    /// # Panics
+    /// If it was started before.
+    pub fn start_writer(&mut self, report: Report) -> Result<LogWriter, StoreError> {
+        let log_thread = self.log_thread.take().expect("a store has one writer");
+        let log_path = log_thread.log_path.clone();
+        LogWriter::start(log_thread, report).map_err(StoreError::io(&log_path, "start the log writer"))
+    }
+}
+
+/// Watches the store while its parts are in use elsewhere.
+#[derive(Clone)]
+pub struct StoreHandle {
+    log: Arc<dyn LogStore>,
+    log_path: PathBuf,
+}
+
+impl StoreHandle {
+    /// What the log takes on disk, in bytes; 0 while the filesystem does not say. Space that compaction frees is used
+    /// again rather than given back.
+    pub fn log_bytes(&self) -> u64 {
+        self.log.size_bytes().unwrap_or_else(|error| {
+            tracing::warn!(file = %self.log_path.display(), %error, "the log cannot be measured");
+            0
+        })
+    }
+}
+
+fn make_dir(dir: &Path) -> Result<(), StoreError> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(dir).map_err(StoreError::io(dir, "create the data directory"))?;
+    let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    sync_dir(parent).map_err(StoreError::io(parent, "sync the directory"))
+}
+
+/// Makes a new store. The hard state gets its name last: a directory without it holds nothing that anybody was told.
+fn create(
+    options: &StoreOptions,
+    log_path: &Path,
+    open_log: &mut impl FnMut(bool) -> Result<Arc<dyn LogStore>, LogStoreError>,
+) -> Result<(HardStateFile, Arc<dyn LogStore>), StoreError> {
+    let dir = &options.data_dir;
+    let (path, unfinished) = (dir.join("hard_state"), dir.join("hard_state.creating"));
+    if log_path.exists() {
+        if !unfinished.exists() {
+            let reason = "it is missing, but there is a log beside it".to_owned();
+            return Err(StoreError::Damaged { file: path, index: None, reason });
+        }
+        fs::remove_dir_all(log_path).map_err(StoreError::io(log_path, "remove an unfinished log"))?;
+    }
+    let identity =
+        Identity { cluster_id: options.cluster_id, node_id: options.node_id, incarnation: FIRST_INCARNATION };
+    let state = State {
+        identity,
+        hard_state: HardState::default(),
+        base: Position::default(),
+        mark: Mark::default(),
+        discard_log: false,
+    };
+    HardStateFile::create(&unfinished, state)?;
+    sync_dir(dir).map_err(StoreError::io(dir, "sync the directory"))?;
+    let log = open_log(true).map_err(StoreError::log(log_path, "create the log"))?;
+    fs::rename(&unfinished, &path).map_err(StoreError::io(&path, "name the hard-state file"))?;
+    sync_dir(dir).map_err(StoreError::io(dir, "sync the directory"))?;
+    let file = HardStateFile::open(&path)?;
+    Ok((file, log))
+}
+
+fn check_identity(options: &StoreOptions, stored: Identity) -> Result<(), StoreError> {
+    let dir = options.data_dir.clone();
+    if stored.cluster_id != options.cluster_id {
+        return Err(StoreError::OtherCluster {
+            dir,
+            stored: stored.cluster_id,
+            configured: options.cluster_id,
+        });
+    }
+    if stored.node_id != options.node_id {
+        return Err(StoreError::OtherNode { dir, stored: stored.node_id, configured: options.node_id });
+    }
+    Ok(())
+}
+
+fn recover_error(log_path: &Path, error: RecoverError) -> StoreError {
+    let file = log_path.to_owned();
+    match error {
+        RecoverError::Store(error) => StoreError::log(log_path, "read the log")(error),
+        RecoverError::Damaged { index, reason } => StoreError::Damaged { file, index: Some(index), reason },
+        RecoverError::NewerFormat(found) => {
+            StoreError::NewerFormat { file, found: found.into(), known: record::FORMAT.into() }
+        }
+    }
+}
