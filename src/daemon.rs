@@ -4,6 +4,7 @@
 //! on a terminal, and below a playground. It knows nothing of what they do.
 
 use std::{
+    convert::Infallible,
     io::{self, IsTerminal, Read},
     thread,
     time::Duration,
@@ -113,9 +114,9 @@ pub fn notify_stopping() {
 }
 
 /// Keeps systemd's watchdog quiet for as long as the runtime that polls this
-/// future makes progress. Returns at once when no watchdog is set.
-pub async fn feed_watchdog() {
-    let Some(timeout) = sd_notify::watchdog_enabled() else { return };
+/// future makes progress. It never ends, whether a watchdog is set or not.
+pub async fn feed_watchdog() -> Infallible {
+    let Some(timeout) = sd_notify::watchdog_enabled() else { return std::future::pending().await };
     // Half of the timeout, as sd_watchdog_enabled(3) recommends.
     let mut interval = tokio::time::interval((timeout / 2).max(Duration::from_millis(1)));
     loop {

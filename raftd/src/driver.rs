@@ -18,11 +18,11 @@ use std::{
 
 use bytes::Bytes;
 use raft::{
-    Appended, DropReason, Index, Log, LogError, Message, Node, NodeId, ProposalResult, ProposeError, Ready, Role,
-    SoftState, StepError, Term, TransferError,
+    Appended, DropReason, Index, Log, LogError, Message, Node, NodeId, ProposalResult, ProposeError, Ready,
+    Role, SoftState, StepError, Term, TransferError,
 };
 use resqlite::{
-    api::{self, PeerMessage, ProposalRefusal, ProposalUnknown, proposal_outcome::Outcome},
+    api::{PeerMessage, ProposalRefusal, ProposalUnknown, proposal_outcome::Outcome},
     daemon::Shutdown,
 };
 use tokio::{
@@ -340,11 +340,12 @@ impl Driver {
     }
 
     fn carry_out_one(&mut self, ready: Ready) -> Result<(), DriverError> {
+        let must_persist = ready.must_persist();
         // The leader replicates in parallel with its own write (Raft thesis,
         // section 10.2.1): these promise nothing that is not yet durable.
         self.send_all(ready.messages);
         // `ready.snapshots` is empty: entries are never discarded, so every peer can be served from the log.
-        if ready.must_persist() {
+        if must_persist {
             self.unpersisted.push_back((ready.number, ready.messages_after_persist));
             self.writer.submit(Write {
                 number: ready.number,
@@ -403,7 +404,13 @@ impl Driver {
     /// Tells the followers of the log, and those who wait for proposals, how far things are.
     fn publish(&mut self, commit_index: Index, deliverable_index: Index) -> Result<(), DriverError> {
         let soft = self.soft_state;
-        let now = Progress { commit_index, deliverable_index, term: soft.term, leader: soft.leader, role: soft.role };
+        let now = Progress {
+            commit_index,
+            deliverable_index,
+            term: soft.term,
+            leader: soft.leader,
+            role: soft.role,
+        };
         let before = self.progress.send_replace(now);
         if before.commit_index != commit_index {
             let reader = &self.reader;

@@ -20,7 +20,7 @@ pub mod peer_service;
 pub mod proposals;
 pub mod store;
 
-use std::{collections::BTreeMap, sync::atomic::AtomicBool, time::Duration};
+use std::{collections::BTreeMap, convert::Infallible, sync::atomic::AtomicBool, time::Duration};
 
 use resqlite::{
     api::{log_service_server::LogServiceServer, raft_service_server::RaftServiceServer},
@@ -141,8 +141,8 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
     let result = tokio::select! {
         result = Driver::new(parts).run(shutdown.clone()) => result.map_err(RunError::from),
         result = serve(&config, listeners, local, peer_service) => result,
-        () = daemon::feed_watchdog() => unreachable!("a watchdog is fed for ever"),
-        () = report_status(progress_receiver) => unreachable!("the driver outlives its reports"),
+        never = daemon::feed_watchdog() => match never {},
+        never = report_status(progress_receiver) => match never {},
     };
     daemon::notify_stopping();
     result
@@ -164,7 +164,8 @@ const TICKS_PER_HEARTBEAT: u32 = 2;
 fn timing(config: &Config) -> Timing {
     Timing {
         tick: Duration::from_millis(config.cluster.heartbeat_interval_ms) / TICKS_PER_HEARTBEAT,
-        handover_patience: Duration::from_millis(config.cluster.election_timeout_ms).min(Duration::from_secs(3)),
+        handover_patience: Duration::from_millis(config.cluster.election_timeout_ms)
+            .min(Duration::from_secs(3)),
     }
 }
 
@@ -214,7 +215,7 @@ async fn serve(
 }
 
 /// Keeps the line that `systemctl status` shows.
-async fn report_status(mut progress: watch::Receiver<Progress>) {
+async fn report_status(mut progress: watch::Receiver<Progress>) -> Infallible {
     let mut shown = String::new();
     loop {
         let line = {
@@ -227,7 +228,7 @@ async fn report_status(mut progress: watch::Receiver<Progress>) {
             shown = line;
         }
         if progress.changed().await.is_err() {
-            std::future::pending::<()>().await;
+            return std::future::pending().await;
         }
     }
 }

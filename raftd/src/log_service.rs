@@ -17,7 +17,8 @@ use resqlite::{
     api::{
         FollowAttach, FollowRequest, FollowResponse, LogStatusRequest, LogStatusResponse, PeerProgress,
         ProposalRefusal, ProposeRequest, ProposeResponse, RaftRole, ReadBarrierRequest, ReadBarrierResponse,
-        TransferLeadershipRequest, TransferLeadershipResponse, follow_request, log_service_server::LogService,
+        TransferLeadershipRequest, TransferLeadershipResponse, follow_request,
+        log_service_server::LogService,
     },
     daemon::Shutdown,
 };
@@ -266,7 +267,8 @@ impl LocalLogParts {
     fn next_response(&self, sent: &mut Index, now: Progress) -> Result<FollowResponse, Status> {
         let mut entries = Vec::new();
         if *sent < now.deliverable_index {
-            entries = self.reader.entries(*sent + 1, now.deliverable_index, FOLLOW_BYTES).map_err(unreadable)?;
+            entries =
+                self.reader.entries(*sent + 1, now.deliverable_index, FOLLOW_BYTES).map_err(unreadable)?;
             *sent += entries.len() as u64;
         }
         Ok(FollowResponse {
@@ -282,7 +284,11 @@ impl LocalLogParts {
     async fn take_progress(&self, mut requests: Streaming<FollowRequest>) {
         while let Ok(Some(request)) = requests.message().await {
             if let Some(follow_request::Request::Progress(progress)) = request.request {
-                tracing::trace!(applied = progress.applied_index, durable = progress.durable_index, "progress");
+                tracing::trace!(
+                    applied = progress.applied_index,
+                    durable = progress.durable_index,
+                    "progress"
+                );
             }
         }
     }
@@ -307,7 +313,10 @@ impl LocalLogParts {
     async fn transfer(&self, to: Option<u64>) -> Result<u64, Status> {
         let (reply, answer) = oneshot::channel();
         self.driver.send(Input::Transfer(to, reply)).await;
-        answer.await.map_err(|_| stopping())?.map_err(|error| Status::failed_precondition(error.to_string()))?;
+        answer
+            .await
+            .map_err(|_| stopping())?
+            .map_err(|error| Status::failed_precondition(error.to_string()))?;
         let mut progress = self.progress.clone();
         // Ends when somebody else leads, or when the core gave up after an election timeout and leads on.
         let seen = progress

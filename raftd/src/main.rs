@@ -1,6 +1,11 @@
 //! The raftd program: reads the configuration, binds the listeners, runs the daemon.
 
-use std::{fs, io, os::unix::net::UnixStream, path::{Path, PathBuf}, process::ExitCode};
+use std::{
+    fs, io,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::Parser;
 use raftd::Listeners;

@@ -66,7 +66,8 @@ impl Peer {
             .initial_stream_window_size(8 << 20)
             .initial_connection_window_size(16 << 20);
         let (queue, receiver) = mpsc::channel(QUEUE_MESSAGES);
-        let votes = VoteSender { channel: endpoint.connect_lazy(), options: options.clone(), driver: driver.clone() };
+        let votes =
+            VoteSender { channel: endpoint.connect_lazy(), options: options.clone(), driver: driver.clone() };
         tokio::spawn(Connector { id, endpoint, options, driver }.run(receiver));
         Self { id, queue, votes }
     }
@@ -134,14 +135,16 @@ impl Connector {
     }
 
     /// Opens the stream. The second half of the pair ends when the stream is broken.
-    async fn connect(&self) -> Result<(mpsc::Sender<PeerMessage>, tonic::Streaming<PeerMessage>), tonic::Status> {
+    async fn connect(
+        &self,
+    ) -> Result<(mpsc::Sender<PeerMessage>, tonic::Streaming<PeerMessage>), tonic::Status> {
         let unavailable = |error: tonic::transport::Error| tonic::Status::unavailable(error_chain(&error));
         let channel = self.endpoint.connect().await.map_err(unavailable)?;
         // One slot: what waits, waits in our own bounded queue.
         let (messages, receiver) = mpsc::channel(1);
         // The peer answers the headers at once, so that this returns before the first message.
-        let stream = RaftServiceClient::new(channel).append_entries(ReceiverStream::new(receiver));
-        let response = timeout(self.options.patience, stream)
+        let mut client = RaftServiceClient::new(channel);
+        let response = timeout(self.options.patience, client.append_entries(ReceiverStream::new(receiver)))
             .await
             .map_err(|_| tonic::Status::deadline_exceeded("the peer does not answer"))??;
         Ok((messages, response.into_inner()))

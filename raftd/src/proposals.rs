@@ -213,8 +213,7 @@ mod tests {
         let (batch, mut receiver) = waiting(&mut proposals, &[1, 2]);
         proposals.placed(batch, 10, 3);
         committed(&mut proposals, 12, |index| Some(if index == 10 { 3 } else { 4 }));
-        let expected =
-            vec![(1, Outcome::CommittedIndex(10)), (2, refused(ProposalRefusal::Overwritten))];
+        let expected = vec![(1, Outcome::CommittedIndex(10)), (2, refused(ProposalRefusal::Overwritten))];
         assert_eq!(outcomes(&mut receiver), expected);
     }
 
