@@ -189,6 +189,16 @@ impl Scanner {
         self.newlines + 1
     }
 
+    /// The line that a later position is on, from 1.
+    pub fn line_at(&self, text: &str, position: usize) -> usize {
+        self.line() + text.as_bytes()[self.counted..position].iter().filter(|byte| **byte == b'\n').count()
+    }
+
+    /// Whether the text scanned so far ends in the middle of a statement.
+    pub fn is_in_statement(&self) -> bool {
+        self.state != State::Start
+    }
+
     /// Up to where the text has been scanned, in bytes.
     pub fn position(&self) -> usize {
         self.position

@@ -78,6 +78,8 @@ pub(super) fn verdict(status: &Status) -> Verdict {
     // A status that came over the wire has no source; one that tonic made of a broken connection does.
     let transport = status.source().is_some();
     match status.code() {
+        // The cluster has answered: it does not remember so old an id any more.
+        Code::DeadlineExceeded if sql_error(status).is_some() => Verdict::Final,
         Code::DeadlineExceeded => Verdict::RetryUnknown,
         Code::Unavailable if !transport => Verdict::Retry,
         Code::Unavailable if never_connected(status) => Verdict::Retry,

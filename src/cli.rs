@@ -1,0 +1,151 @@
+//! The command line: what `resqlite` understands, and who does it.
+//!
+//! Everything here stands on the client library and the configuration; nothing
+//! in the daemons knows of it.
+
+mod batch;
+mod dot;
+mod input;
+mod interactive;
+mod number;
+mod playground;
+mod raft;
+mod render;
+mod shell;
+mod status;
+
+use std::{
+    io::{self, IsTerminal},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::{Args, Parser, Subcommand};
+
+use self::{
+    input::Input,
+    render::{Format, Mode},
+    shell::Shell,
+};
+use crate::client::{Client, Error};
+
+/// What a program that a broken pipe ended reports, as if SIGPIPE had done it.
+const EXIT_BROKEN_PIPE: u8 = 128 + 13;
+
+/// SQLite, replicated by Raft.
+#[derive(Debug, Parser)]
+#[command(name = "resqlite", version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start a cluster on this machine, and a shell or the SQL on stdin
+    Playground(playground::Arguments),
+    /// Run SQL: typed, from -c, -f or stdin
+    Shell(ShellArguments),
+    /// Show every node of the cluster
+    Status(status::Arguments),
+    /// Speak to a raftd that has no sqlited
+    #[command(subcommand)]
+    Raft(raft::Command),
+}
+
+/// Where the cluster is.
+#[derive(Debug, Args)]
+struct Endpoints {
+    /// Addresses of nodes; the first is asked first, the others when it fails
+    #[arg(long, env = "RESQLITE_ENDPOINTS", value_name = "HOST:PORT,…", value_delimiter = ',')]
+    #[arg(default_value = "127.0.0.1:50051")]
+    endpoints: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct ShellArguments {
+    #[command(flatten)]
+    cluster: Endpoints,
+    /// How results are laid out [default: table on a terminal, else list]
+    #[arg(long, value_enum)]
+    mode: Option<Mode>,
+    /// Show the columns' names in list, csv and column mode
+    #[arg(long)]
+    headers: bool,
+    /// Run this SQL; may be repeated
+    #[arg(short, value_name = "SQL")]
+    command: Vec<String>,
+    /// Run the SQL in this file; may be repeated, after every -c
+    #[arg(short, value_name = "FILE")]
+    file: Vec<PathBuf>,
+}
+
+/// The whole program: parses the arguments, does it, and says how it went.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    // One thread: what a client waits for is the network. Blocking work has threads of its own.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&format!("cannot start: {error}")),
+    };
+    let code = runtime.block_on(run(arguments.command));
+    // A thread may still be reading stdin; nobody waits for what it reads.
+    runtime.shutdown_background();
+    code
+}
+
+async fn run(command: Command) -> ExitCode {
+    match command {
+        Command::Playground(arguments) => playground::run(arguments).await,
+        Command::Shell(arguments) => run_shell(arguments).await,
+        Command::Status(arguments) => status::run(arguments).await,
+        Command::Raft(command) => raft::run(command).await,
+    }
+}
+
+fn fail(message: &str) -> ExitCode {
+    eprintln!("Error: {message}");
+    ExitCode::FAILURE
+}
+
+/// Results on a terminal are for reading, others for the next program; as sqlite3 has it.
+fn format_of(mode: Option<Mode>, headers: bool) -> Format {
+    let mut format = Format::option(mode.unwrap_or(Mode::List));
+    if mode.is_none() && io::stdout().is_terminal() {
+        format.set_mode(Mode::Table);
+    }
+    if headers {
+        format.set_headers(true);
+    }
+    format
+}
+
+/// The client of a shell: a query may take as long as it likes, a cluster that is gone may not.
+async fn connect(endpoints: &[String]) -> Result<Client, Error> {
+    let builder = Client::builder().endpoints(endpoints).deadline(None);
+    builder.retry_for(Duration::from_secs(30)).connect().await
+}
+
+async fn run_shell(arguments: ShellArguments) -> ExitCode {
+    let client = match connect(&arguments.cluster.endpoints).await {
+        Ok(client) => client,
+        Err(error) => return fail(&error.to_string()),
+    };
+    let shell = Shell::new(client, format_of(arguments.mode, arguments.headers));
+    if arguments.command.is_empty() && arguments.file.is_empty() {
+        return run_stdin(shell).await;
+    }
+    let texts = arguments.command.iter().map(|text| shell::Job::Text(text));
+    let files = arguments.file.iter().map(|path| shell::Job::File(path));
+    shell.run_all(texts.chain(files)).await
+}
+
+/// A person at a terminal gets prompts; a program's statements are run as they come.
+async fn run_stdin(shell: Shell) -> ExitCode {
+    if io::stdin().is_terminal() {
+        interactive::run(shell).await
+    } else {
+        shell.run_all([shell::Job::Input(Input::stdin())]).await
+    }
+}
