@@ -240,3 +240,114 @@ fn open_block<'a>(block: &'a [u8], magic: &[u8; 8]) -> Result<Option<&'a [u8]>, 
     }
     if format > FORMAT { Err(format) } else { Ok(Some(body)) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(term: u64) -> State {
+        State {
+            identity: Identity { cluster_id: 1, node_id: 2, incarnation: 3 },
+            hard_state: HardState { term, voted_for: Some(term % 3 + 1) },
+            base: Position { index: 4, term: 1, timestamp_ms: 5 },
+            mark: Mark { index: 40, term: 1 },
+            discard_log: false,
+        }
+    }
+
+    fn saved(terms: &[u64]) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hard_state");
+        let mut file = HardStateFile::create(&path, state(0)).unwrap();
+        for term in terms {
+            file.save(state(*term)).unwrap();
+        }
+        (dir, path)
+    }
+
+    fn overwrite(path: &Path, at: usize, bytes: &[u8]) {
+        OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, at as u64).unwrap();
+    }
+
+    #[test]
+    fn what_was_saved_last_is_read() {
+        let (_dir, path) = saved(&[1, 2, 3]);
+        assert_eq!(HardStateFile::open(&path).unwrap().state(), state(3));
+    }
+
+    #[test]
+    fn a_lost_copy_forgets_nothing() {
+        for slot in [0, BLOCK_BYTES] {
+            let (_dir, path) = saved(&[1, 2, 3]);
+            overwrite(&path, slot, &[0xAA; BLOCK_BYTES]);
+            let mut file = HardStateFile::open(&path).unwrap();
+            assert_eq!(file.state(), state(3), "a vote was forgotten");
+            file.save(state(4)).unwrap();
+            overwrite(&path, BLOCK_BYTES - slot, &[0xAA; BLOCK_BYTES]);
+            assert_eq!(
+                HardStateFile::open(&path).unwrap().state(),
+                state(4),
+                "the lost copy was not repaired"
+            );
+        }
+    }
+
+    #[test]
+    fn a_save_that_was_torn_leaves_the_state_before_it_or_itself() {
+        for cut in [0, 1, 16, 60, 512, BLOCK_BYTES - 1, BLOCK_BYTES] {
+            let (_dir, path) = saved(&[1, 2]);
+            let before = fs::read(&path).unwrap();
+            let mut file = HardStateFile::open(&path).unwrap();
+            file.save(state(3)).unwrap();
+            let after = fs::read(&path).unwrap();
+            // Torn in the first slot, with the second still old; then in the second, with the first already new.
+            let first = [&after[..cut], &before[cut..]].concat();
+            let second = [&after[..BLOCK_BYTES + cut], &before[BLOCK_BYTES + cut..]].concat();
+            for (torn, allowed) in [(first, [state(2), state(3)]), (second, [state(3), state(3)])] {
+                fs::write(&path, torn).unwrap();
+                let found = HardStateFile::open(&path).unwrap().state();
+                assert!(allowed.contains(&found), "cut at {cut}: {found:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn without_any_copy_it_is_damage() {
+        let (_dir, path) = saved(&[1]);
+        overwrite(&path, 100, &[0xAA]);
+        overwrite(&path, BLOCK_BYTES + 100, &[0xAA]);
+        assert!(matches!(HardStateFile::open(&path), Err(StoreError::Damaged { .. })));
+        fs::write(&path, b"short").unwrap();
+        assert!(matches!(HardStateFile::open(&path), Err(StoreError::Damaged { .. })));
+    }
+
+    #[test]
+    fn a_newer_format_is_told_from_damage() {
+        let (_dir, path) = saved(&[1]);
+        let mut block = fs::read(&path).unwrap()[..BLOCK_BYTES].to_vec();
+        block[8..12].copy_from_slice(&(FORMAT + 1).to_le_bytes());
+        let sealed = seal(block);
+        overwrite(&path, 0, &sealed);
+        assert!(matches!(
+            HardStateFile::open(&path),
+            Err(StoreError::NewerFormat { found: 2, known: 1, .. })
+        ));
+    }
+
+    #[test]
+    fn a_note_raises_the_mark_until_the_next_save() {
+        let (_dir, path) = saved(&[1]);
+        let raised = Mark { index: 90, term: 1 };
+        let mut file = HardStateFile::open(&path).unwrap();
+        file.note_mark(raised).unwrap();
+        assert_eq!(HardStateFile::open(&path).unwrap().state().mark, raised);
+        // A damaged note only means the lower mark, which is still true.
+        let whole = fs::read(&path).unwrap();
+        overwrite(&path, 2 * BLOCK_BYTES + 20, &[0xAA]);
+        assert_eq!(HardStateFile::open(&path).unwrap().state().mark, state(1).mark);
+        fs::write(&path, whole).unwrap();
+        // A save that lowers the mark takes the note back.
+        file.save(state(2)).unwrap();
+        assert_eq!(HardStateFile::open(&path).unwrap().state().mark, state(2).mark);
+    }
+}
