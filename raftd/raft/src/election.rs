@@ -192,7 +192,7 @@ impl Node {
 
     fn become_leader(&mut self) {
         let last = self.log.last();
-        self.state = State::Leader(Box::new(Leader::new(&self.options, last)));
+        self.state = State::Leader(Box::new(Leader::new(&self.options, last, self.ticks)));
         self.election_elapsed = 0;
         self.append_noop();
     }

@@ -122,9 +122,10 @@ impl Node {
     }
 
     pub(crate) fn handle_forward(&mut self, from: NodeId, batch_id: u64, payloads: Vec<Bytes>) {
-        if let State::Leader(leader) = &mut self.state
-            && !is_new(&mut leader.forwarded_by, from, batch_id)
-        {
+        // Whoever is asked in its own term once led that term. If it no longer does, it may have taken a first copy of
+        // this batch before it stepped down: it cannot say "dropped", so it says nothing.
+        let State::Leader(leader) = &mut self.state else { return };
+        if !is_new(&mut leader.forwarded_by, from, batch_id) {
             // The first copy has been answered. An answer to this one could only contradict it.
             return;
         }

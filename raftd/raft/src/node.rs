@@ -18,7 +18,7 @@ use crate::{
     log::{Log, RaftLog},
     message::{AppendResponse, Body, Message},
     options::Options,
-    progress::PeerStatus,
+    progress::{PeerStatus, Progress},
     read::AskedReads,
     ready::{Outbox, Reported, SoftState},
     replication::Leader,
@@ -282,10 +282,13 @@ impl Node {
     /// The node as it is now.
     pub fn status(&self) -> Status {
         let (peers, transferring_to) = match &self.state {
-            State::Leader(leader) => (
-                leader.progress.iter().map(|(peer, progress)| (*peer, progress.status())).collect(),
-                leader.transfer.as_ref().map(|transfer| transfer.to),
-            ),
+            State::Leader(leader) => {
+                let view = |progress: &Progress| {
+                    progress.status(progress.was_heard_within(self.options.election_ticks, self.ticks))
+                };
+                let peers = leader.progress.iter().map(|(peer, progress)| (*peer, view(progress))).collect();
+                (peers, leader.transfer.as_ref().map(|transfer| transfer.to))
+            }
             State::Follower { .. } | State::PreCandidate(_) | State::Candidate(_) => (BTreeMap::new(), None),
         };
         Status {

@@ -31,7 +31,7 @@ pub struct PeerStatus {
     pub inflight_appends: usize,
     /// Their bytes.
     pub inflight_bytes: usize,
-    /// It was heard of since the leader last counted its quorum.
+    /// It was heard of within the last election timeout.
     pub recently_active: bool,
 }
 
@@ -59,12 +59,12 @@ pub(crate) struct Progress {
     pub(crate) check_due: bool,
     /// The last read round that the follower confirmed.
     pub(crate) read_round: u64,
-    /// It was heard of since the quorum was last counted.
-    pub(crate) recently_active: bool,
+    /// The leader's tick at which it was last heard of, or at which the leadership began.
+    heard_at_tick: u64,
 }
 
 impl Progress {
-    pub(crate) fn new(next: Index) -> Self {
+    pub(crate) fn new(next: Index, tick: u64) -> Self {
         Self {
             state: ProgressState::Probe,
             matched: 0,
@@ -75,19 +75,31 @@ impl Progress {
             commit_told: 0,
             check_due: false,
             read_round: 0,
-            recently_active: false,
+            heard_at_tick: tick,
         }
     }
 
-    pub(crate) fn status(&self) -> PeerStatus {
+    pub(crate) fn status(&self, recently_active: bool) -> PeerStatus {
         PeerStatus {
             state: self.state,
             matched_index: self.matched,
             next_index: self.next,
             inflight_appends: self.inflight.appends.len(),
             inflight_bytes: self.inflight.bytes,
-            recently_active: self.recently_active,
+            recently_active,
         }
+    }
+
+    pub(crate) fn heard_at(&mut self, tick: u64) {
+        self.heard_at_tick = tick;
+    }
+
+    pub(crate) fn was_heard_within(&self, ticks: u32, now: u64) -> bool {
+        now - self.heard_at_tick < u64::from(ticks)
+    }
+
+    pub(crate) fn is_replicating(&self) -> bool {
+        self.state == ProgressState::Replicate
     }
 
     pub(crate) fn matched(&self) -> Index {
@@ -131,7 +143,6 @@ impl Progress {
 
     /// The follower's durable log equals the leader's up to `index`; the leader's own log begins after `base`.
     pub(crate) fn acknowledged(&mut self, index: Index, base: Index) {
-        self.recently_active = true;
         self.moved_since_heartbeat = true;
         if index >= self.matched {
             self.matched = index;
@@ -214,7 +225,7 @@ mod tests {
     use super::*;
 
     fn replicating(matched: Index) -> Progress {
-        let mut progress = Progress::new(matched + 1);
+        let mut progress = Progress::new(matched + 1, 0);
         progress.acknowledged(matched, 0);
         progress
     }

@@ -14,7 +14,7 @@ use crate::{
     message::{Append, AppendResponse, Appended, Body, Message},
     node::{Node, State},
     options::Options,
-    progress::{Progress, ProgressState},
+    progress::Progress,
     quorum,
     read::Reads,
     ready::Outbox,
@@ -33,7 +33,6 @@ pub(crate) struct Leader {
     pub(crate) forwarded_by: BTreeMap<NodeId, u64>,
     uncommitted: Uncommitted,
     heartbeat_elapsed: u32,
-    quorum_elapsed: u32,
 }
 
 /// How much this leader has appended and not yet committed.
@@ -45,16 +44,15 @@ struct Uncommitted {
 }
 
 impl Leader {
-    pub(crate) fn new(options: &Options, last: Position) -> Self {
+    pub(crate) fn new(options: &Options, last: Position, tick: u64) -> Self {
         Self {
-            progress: options.peers().map(|peer| (peer, Progress::new(last.index + 1))).collect(),
+            progress: options.peers().map(|peer| (peer, Progress::new(last.index + 1, tick))).collect(),
             first_index: last.index + 1,
             reads: Reads::default(),
             transfer: None,
             forwarded_by: BTreeMap::new(),
             uncommitted: Uncommitted::default(),
             heartbeat_elapsed: 0,
-            quorum_elapsed: 0,
         }
     }
 
@@ -83,6 +81,7 @@ struct Sender<'a> {
     log: &'a RaftLog,
     term: Term,
     commit_index: Index,
+    now_tick: u64,
 }
 
 impl Sender<'_> {
@@ -115,7 +114,7 @@ impl Sender<'_> {
     ) -> Result<bool, LogError> {
         let previous_index = progress.next() - 1;
         let Some(previous_term) = self.log.term(previous_index)? else {
-            if progress.recently_active {
+            if progress.was_heard_within(self.options.election_ticks, self.now_tick) {
                 progress.await_snapshot();
                 outbox.snapshots.push(peer);
             }
@@ -129,7 +128,7 @@ impl Sender<'_> {
         let bytes = entries.iter().map(Entry::size_bytes).sum();
         let append = Append { previous_index, previous_term, entries, commit_index: self.commit_index };
         progress.sent(append.last_index(), bytes);
-        if progress.status().state == ProgressState::Replicate {
+        if progress.is_replicating() {
             progress.commit_told = progress.commit_told.max(self.commit_index.min(append.last_index()));
         }
         self.push(peer, Body::Append(append), outbox);
@@ -150,6 +149,7 @@ impl Node {
             log: &self.log,
             term: self.hard_state.term,
             commit_index: self.commit_index,
+            now_tick: self.ticks,
         };
         for (peer, progress) in &mut leader.progress {
             sender.send_to(*peer, progress, &mut self.outbox)?;
@@ -163,19 +163,12 @@ impl Node {
     pub(crate) fn tick_leader(&mut self) {
         let State::Leader(leader) = &mut self.state else { return };
         leader.heartbeat_elapsed += 1;
-        leader.quorum_elapsed += 1;
-        if leader.quorum_elapsed >= self.options.election_ticks {
-            leader.quorum_elapsed = 0;
-            let own = self.options.id;
-            let heard = |node| node == own || leader.progress[&node].recently_active;
-            if !quorum::holds(&self.options.voters, heard) {
-                // Cut off from the majority, which may have another leader by now: stop promising anything.
-                self.become_follower(self.hard_state.term, None);
-                return;
-            }
-            for progress in leader.progress.values_mut() {
-                progress.recently_active = false;
-            }
+        let (own, patience, now) = (self.options.id, self.options.election_ticks, self.ticks);
+        let heard = |node| node == own || leader.progress[&node].was_heard_within(patience, now);
+        if !quorum::holds(&self.options.voters, heard) {
+            // Cut off from the majority, which may have another leader by now: stop promising anything.
+            self.become_follower(self.hard_state.term, None);
+            return;
         }
         if leader.heartbeat_elapsed >= self.options.heartbeat_ticks {
             leader.heartbeat_elapsed = 0;
@@ -309,6 +302,7 @@ impl Node {
         }
         let base = self.log.base()?;
         if let Some(progress) = leader.progress.get_mut(&from) {
+            progress.heard_at(self.ticks);
             progress.acknowledged(index, base.index);
         }
         self.advance_commit();
@@ -325,7 +319,7 @@ impl Node {
     ) -> Result<(), StepError> {
         let State::Leader(leader) = &mut self.state else { return Ok(()) };
         let Some(progress) = leader.progress.get_mut(&from) else { return Ok(()) };
-        progress.recently_active = true;
+        progress.heard_at(self.ticks);
         if !progress.is_current_rejection(previous_index) {
             return Ok(());
         }
@@ -362,7 +356,7 @@ impl Node {
             return Err(Malformed::UnknownReadRound.into());
         }
         if let Some(progress) = leader.progress.get_mut(&from) {
-            progress.recently_active = true;
+            progress.heard_at(self.ticks);
             progress.resume();
             progress.read_round = progress.read_round.max(read_round);
         }

@@ -39,7 +39,8 @@ impl Node {
                 .progress
                 .iter()
                 .max_by_key(|(peer, progress)| {
-                    (progress.recently_active, progress.matched(), Reverse(**peer))
+                    let active = progress.was_heard_within(self.options.election_ticks, self.ticks);
+                    (active, progress.matched(), Reverse(**peer))
                 })
                 .map(|(peer, _)| *peer)
                 .ok_or(TransferError::NoSuccessor)?,

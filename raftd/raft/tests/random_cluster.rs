@@ -16,6 +16,15 @@ fn run(seed: u64) {
     }
 }
 
+/// Seeds that once found a bug:
+/// 15532: a leader that had stepped down within its term called the second copy of a forwarded batch dropped.
+const REGRESSIONS: [u64; 1] = [15_532];
+
+#[test]
+fn seeds_that_once_failed() {
+    REGRESSIONS.into_iter().for_each(run);
+}
+
 #[test]
 fn raft_keeps_its_promises_under_random_faults() {
     let number = |name| env::var(name).ok().map(|value| value.parse::<u64>().expect("a number"));

@@ -102,7 +102,13 @@ pub struct Disk {
 
 impl Disk {
     pub fn new(eager: bool) -> Self {
-        Self { eager, ..Self::default() }
+        Self::holding(eager, Contents::default())
+    }
+
+    /// A disk that holds something from the start.
+    pub fn holding(eager: bool, durable: Contents) -> Self {
+        let visible = Arc::new(Mutex::new(durable.clone()));
+        Self { visible, durable, pending: VecDeque::new(), eager }
     }
 
     /// The log as the node reads it.
