@@ -80,6 +80,11 @@ pub struct Raftd {
     pub socket: PathBuf,
     /// How much memory sled may use to cache the log.
     pub cache_bytes: u64,
+    /// How many entries the log keeps, after the database holds them durably, for followers that lag; one that
+    /// lags further gets a snapshot.
+    pub log_tail_entries: u64,
+    /// How many bytes of such entries it keeps at most.
+    pub log_tail_bytes: u64,
 }
 
 /// The SQL daemon.
@@ -118,6 +123,8 @@ impl Default for Raftd {
             data_dir: "/var/lib/resqlite/raft".into(),
             socket: "/run/resqlite/raftd.sock".into(),
             cache_bytes: 64 << 20,
+            log_tail_entries: 100_000,
+            log_tail_bytes: 64 << 20,
         }
     }
 }
@@ -266,7 +273,8 @@ impl Config {
         }
         if !ids.contains(&self.node_id) {
             let known: Vec<String> = ids.iter().map(u64::to_string).collect();
-            let reason = format!("{} is not a member of the cluster (members: {})", self.node_id, known.join(", "));
+            let reason =
+                format!("{} is not a member of the cluster (members: {})", self.node_id, known.join(", "));
             return Err(("node_id", 0, reason));
         }
         if self.cluster.name.is_empty() {
@@ -288,6 +296,8 @@ impl Config {
             return Err(("election_timeout_ms", 0, reason));
         }
         in_range("cache_bytes", self.raftd.cache_bytes, 8 << 20, 64 << 30)?;
+        in_range("log_tail_entries", self.raftd.log_tail_entries, 1, 1 << 40)?;
+        in_range("log_tail_bytes", self.raftd.log_tail_bytes, 1 << 20, 1 << 40)?;
         in_range("readers", self.sqlited.readers as u64, 1, 256)?;
         in_range("max_request_bytes", self.sqlited.max_request_bytes, 1 << 10, 64 << 20)?;
         in_range("max_result_bytes", self.sqlited.max_result_bytes, 1 << 10, 64 << 20)?;
@@ -383,7 +393,10 @@ cluster:
 
     #[test]
     fn a_duplicate_id_is_named_with_its_line() {
-        assert_eq!(error_of(&THREE.replace("id: 3", "id: 1")), "f.yaml:7: id: the id 1 is given to two members");
+        assert_eq!(
+            error_of(&THREE.replace("id: 3", "id: 1")),
+            "f.yaml:7: id: the id 1 is given to two members"
+        );
     }
 
     #[test]
@@ -409,12 +422,18 @@ cluster:
     fn numbers_out_of_range_are_refused() {
         let message = error_of("node_id: 1\ncluster:\n  election_timeout_ms: 200\n");
         assert!(message.starts_with("f.yaml:3: election_timeout_ms: 200 must be at least"), "{message}");
-        assert_eq!(error_of("node_id: 1\nsqlited:\n  readers: 0\n"), "f.yaml:3: readers: 0 is not between 1 and 256");
+        assert_eq!(
+            error_of("node_id: 1\nsqlited:\n  readers: 0\n"),
+            "f.yaml:3: readers: 0 is not between 1 and 256"
+        );
     }
 
     #[test]
     fn a_file_that_is_not_there_is_one_clear_line() {
         let message = Config::load(Path::new("/nonexistent/resqlite.yaml")).unwrap_err().to_string();
-        assert!(message.starts_with("/nonexistent/resqlite.yaml: cannot read the configuration: "), "{message}");
+        assert!(
+            message.starts_with("/nonexistent/resqlite.yaml: cannot read the configuration: "),
+            "{message}"
+        );
     }
 }

@@ -18,8 +18,8 @@ use std::{
 
 use bytes::Bytes;
 use raft::{
-    Appended, DropReason, Index, Log, LogError, Message, Node, NodeId, ProposalResult, ProposeError, Ready,
-    Role, SoftState, StepError, Term, TransferError,
+    Appended, DropReason, Index, Log, LogError, Message, Node, NodeId, Position, ProposalResult,
+    ProposeError, Ready, Role, SnapshotFailed, SnapshotOutcome, SoftState, StepError, Term, TransferError,
 };
 use resqlite::{
     api::{PeerMessage, ProposalRefusal, ProposalUnknown, proposal_outcome::Outcome},
@@ -31,9 +31,11 @@ use tokio::{
 };
 
 use crate::{
+    compaction::Compaction,
     convert::{self, Envelope},
     peer::Peer,
     proposals::{Proposals, ReplySender, Waiter, refused},
+    snapshots::Snapshots,
     store::{LogReader, LogWriter, StoreError, Write},
 };
 
@@ -43,6 +45,9 @@ const QUEUE_INPUTS: usize = 4_096;
 
 /// How many inputs one turn of the loop takes before it lets the core act.
 const INPUTS_PER_TURN: usize = 512;
+
+/// How long to wait before a snapshot that failed is tried again.
+const SNAPSHOT_RETRY: Duration = Duration::from_secs(1);
 
 /// What can happen to a node.
 #[derive(Debug)]
@@ -63,6 +68,12 @@ pub enum Input {
     ReadBarrier(oneshot::Sender<Option<Index>>),
     /// Somebody asks how this node is.
     Status(oneshot::Sender<raft::Status>),
+    /// The state machine has durably applied the log up to here.
+    StateMachineDurable(Index),
+    /// The state machine has become a snapshot whose last entry is this one.
+    Install(Position, oneshot::Sender<SnapshotOutcome>),
+    /// A peer has a snapshot up to this index, or it could not be brought there.
+    SnapshotFinished(NodeId, Result<Index, SnapshotFailed>),
     /// Leadership is to go to this member, or to the most advanced one; answered once that has begun.
     Transfer(Option<NodeId>, oneshot::Sender<Result<(), TransferError>>),
 }
@@ -154,6 +165,9 @@ pub struct Driver {
     reader: LogReader,
     peers: BTreeMap<NodeId, Peer>,
     progress: watch::Sender<Progress>,
+    snapshots: Snapshots,
+    compaction: Compaction,
+    handle: DriverHandle,
     proposals: Proposals,
     gathered: Gathered,
     soft_state: SoftState,
@@ -192,12 +206,19 @@ pub struct DriverParts {
     pub peers: BTreeMap<NodeId, Peer>,
     /// Told of every change.
     pub progress: watch::Sender<Progress>,
+    /// Relays snapshots.
+    pub snapshots: Snapshots,
+    /// Decides what may be discarded.
+    pub compaction: Compaction,
+    /// For the tasks that the loop starts.
+    pub handle: DriverHandle,
 }
 
 impl Driver {
     /// Puts the parts together.
     pub fn new(parts: DriverParts) -> Self {
-        let DriverParts { node, envelope, timing, inputs, durable, writer, reader, peers, progress } = parts;
+        let DriverParts { node, envelope, timing, inputs, durable, writer, reader, .. } = parts;
+        let DriverParts { peers, progress, snapshots, compaction, handle, .. } = parts;
         let soft_state = SoftState { role: node.role(), term: node.status().term, leader: node.leader() };
         Self {
             node,
@@ -209,6 +230,9 @@ impl Driver {
             reader,
             peers,
             progress,
+            snapshots,
+            compaction,
+            handle,
             proposals: Proposals::default(),
             gathered: Gathered::default(),
             soft_state,
@@ -293,6 +317,15 @@ impl Driver {
                 self.node.read_index(self.last_read_id);
             }
             Input::Status(reply) => drop(reply.send(self.node.status())),
+            Input::StateMachineDurable(index) => {
+                self.compaction.state_machine_is_durable(index);
+                self.compact()?;
+            }
+            Input::Install(position, reply) => drop(reply.send(self.node.install_snapshot(position)?)),
+            Input::SnapshotFinished(peer, result) => {
+                self.compaction.release(peer);
+                self.node.snapshot_finished(peer, result);
+            }
             Input::Transfer(to, reply) => drop(reply.send(self.node.transfer_leadership(to))),
         }
         Ok(())
@@ -344,7 +377,7 @@ impl Driver {
         // The leader replicates in parallel with its own write (Raft thesis,
         // section 10.2.1): these promise nothing that is not yet durable.
         self.send_all(ready.messages);
-        // `ready.snapshots` is empty: entries are never discarded, so every peer can be served from the log.
+        self.compaction.entries_added(&ready.entries);
         if must_persist {
             self.unpersisted.push_back((ready.number, ready.messages_after_persist));
             self.writer.submit(Write {
@@ -359,6 +392,9 @@ impl Driver {
             tracing::info!(?role, term, leader, "role");
             self.soft_state = soft_state;
         }
+        for peer in ready.snapshots {
+            self.start_snapshot(peer);
+        }
         for outcome in ready.proposals {
             self.proposal_outcome(outcome.batch_id, outcome.result);
         }
@@ -368,6 +404,39 @@ impl Driver {
             }
         }
         self.publish(ready.commit_index, ready.deliverable_index)
+    }
+
+    /// Brings a peer a snapshot, beside everything else. The core asks once, and again after a failure.
+    fn start_snapshot(&mut self, peer: NodeId) {
+        let Some(route) = self.peers.get(&peer).map(|peer| peer.snapshot_route()) else { return };
+        self.compaction.hold(peer);
+        let (snapshots, driver) = (self.snapshots.clone(), self.handle.clone());
+        tokio::spawn(async move {
+            let result = snapshots.bring(peer, route).await;
+            let result = result.map_err(|status| {
+                tracing::warn!(
+                    peer,
+                    reason = status.message(),
+                    "the snapshot did not get there; trying again"
+                );
+                SnapshotFailed
+            });
+            if result.is_err() {
+                // The core tries again as soon as it hears; not more often than this.
+                tokio::time::sleep(SNAPSHOT_RETRY).await;
+            }
+            driver.send(Input::SnapshotFinished(peer, result)).await;
+        });
+    }
+
+    /// Discards what neither this node nor a peer within the tail needs any more.
+    fn compact(&mut self) -> Result<(), DriverError> {
+        let base = self.reader.base()?.index;
+        if let Some(to) = self.compaction.due(base) {
+            let base = self.writer.compact(to)?;
+            tracing::debug!(base, "compacted");
+        }
+        Ok(())
     }
 
     fn send_all(&mut self, messages: Vec<Message>) {

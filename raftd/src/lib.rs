@@ -12,12 +12,14 @@
 //!                              store (log writer thread, sled)
 //! ```
 
+pub mod compaction;
 pub mod convert;
 pub mod driver;
 pub mod log_service;
 pub mod peer;
 pub mod peer_service;
 pub mod proposals;
+pub mod snapshots;
 pub mod store;
 
 use std::{collections::BTreeMap, convert::Infallible, sync::atomic::AtomicBool, time::Duration};
@@ -35,11 +37,13 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::{Endpoint, Server, server::TcpIncoming};
 
 use crate::{
+    compaction::Compaction,
     convert::Envelope,
     driver::{Driver, DriverError, DriverHandle, DriverParts, Progress, Timing},
     log_service::{LocalLogParts, LocalLogService},
     peer::{Peer, PeerOptions},
     peer_service::PeerService,
+    snapshots::Snapshots,
     store::{Store, StoreError, StoreOptions},
 };
 
@@ -111,6 +115,7 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
     let (progress, progress_receiver) = watch::channel(Progress::default());
     let (durable_sender, durable) = mpsc::unbounded_channel();
     let writer = store.start_writer(Box::new(move |result| drop(durable_sender.send(result))))?;
+    let snapshots = Snapshots::default();
     let peers = start_peers(&config, envelope, &driver)?;
     let parts = DriverParts {
         node,
@@ -122,6 +127,9 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
         reader: reader.clone(),
         peers,
         progress,
+        snapshots: snapshots.clone(),
+        compaction: Compaction::new(config.raftd.log_tail_entries, config.raftd.log_tail_bytes),
+        handle: driver.clone(),
     };
     let local = LocalLogService::new(LocalLogParts {
         node_id: config.node_id,
@@ -131,10 +139,17 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
         progress: progress_receiver.clone(),
         reader,
         store: store.handle(),
+        snapshots: snapshots.clone(),
         shutdown: shutdown.clone(),
         attached: AtomicBool::new(false),
     });
-    let peer_service = PeerService::new(config.node_id, cluster_id, driver);
+    let peer_service = PeerService {
+        node_id: config.node_id,
+        cluster_id,
+        driver,
+        progress: progress_receiver.clone(),
+        snapshots,
+    };
 
     daemon::notify_ready();
     tracing::info!(node = config.node_id, cluster = config.cluster.name, "raftd is up");
@@ -184,7 +199,7 @@ fn start_peers(
     let start = |member: &resqlite::config::Member| {
         let endpoint = Endpoint::from_shared(format!("http://{}", member.raft))
             .map_err(|error| RunError::Address { id: member.id, reason: error.to_string() })?;
-        let options = PeerOptions { envelope, patience };
+        let options = PeerOptions { node_id: config.node_id, envelope, patience };
         Ok((member.id, Peer::start(member.id, endpoint, options, driver.clone())))
     };
     others.map(start).collect()

@@ -12,13 +12,13 @@ use std::{
     },
 };
 
-use raft::{Index, Log, Role};
+use raft::{Index, Log, Position, Role, SnapshotOutcome};
 use resqlite::{
     api::{
         FollowAttach, FollowRequest, FollowResponse, LogStatusRequest, LogStatusResponse, PeerProgress,
         ProposalRefusal, ProposeRequest, ProposeResponse, RaftRole, ReadBarrierRequest, ReadBarrierResponse,
-        TransferLeadershipRequest, TransferLeadershipResponse, follow_request,
-        log_service_server::LogService,
+        ReceiveSnapshotRequest, SendSnapshotResponse, SnapshotPart, SnapshotTask, TransferLeadershipRequest,
+        TransferLeadershipResponse, WatchSnapshotsRequest, follow_request, log_service_server::LogService,
     },
     daemon::Shutdown,
 };
@@ -33,6 +33,7 @@ use crate::{
     convert::entry_to_wire,
     driver::{DriverHandle, Input, Progress},
     proposals::{Waiter, refused},
+    snapshots::Snapshots,
     store::{LogReader, StoreHandle},
 };
 
@@ -70,6 +71,8 @@ pub struct LocalLogParts {
     pub reader: LogReader,
     /// Sizes, for the status.
     pub store: StoreHandle,
+    /// Relays snapshots.
+    pub snapshots: Snapshots,
     /// Ends the streams.
     pub shutdown: Shutdown,
     /// Whether a state machine is attached.
@@ -90,6 +93,8 @@ impl LogService for LocalLogService {
     type ProposeStream = ResponseStream<ProposeResponse>;
     type FollowStream = ResponseStream<FollowResponse>;
     type ReadBarrierStream = ResponseStream<ReadBarrierResponse>;
+    type WatchSnapshotsStream = ResponseStream<SnapshotTask>;
+    type ReceiveSnapshotStream = ResponseStream<SnapshotPart>;
 
     async fn propose(
         &self,
@@ -116,14 +121,14 @@ impl LogService for LocalLogService {
         let Some(FollowRequest { request: Some(follow_request::Request::Attach(attach)) }) = first else {
             return Err(Status::invalid_argument("the first message of Follow must attach"));
         };
-        self.parts.check_attach(&attach)?;
+        self.parts.check_attach(&attach).await?;
         let attachment = attach.exclusive.then(|| Attachment::take(&self.parts)).transpose()?;
         let (sender, responses) = mpsc::channel(FOLLOW_MESSAGES);
         let parts = self.parts.clone();
         tokio::spawn(async move {
             tokio::select! {
                 () = parts.feed(attach.applied_index, sender) => {}
-                () = parts.take_progress(requests) => {}
+                () = parts.take_progress(requests, attach.exclusive) => {}
                 () = parts.shutdown.wait() => {}
             }
             drop(attachment);
@@ -139,6 +144,30 @@ impl LogService for LocalLogService {
         let parts = self.parts.clone();
         tokio::spawn(async move { parts.take_barriers(request.into_inner(), sender).await });
         Ok(Response::new(Box::pin(ReceiverStream::new(responses))))
+    }
+
+    async fn watch_snapshots(
+        &self,
+        _request: Request<WatchSnapshotsRequest>,
+    ) -> Result<Response<Self::WatchSnapshotsStream>, Status> {
+        let tasks = ReceiverStream::new(self.parts.snapshots.watch()).map(Ok);
+        Ok(Response::new(Box::pin(tasks)))
+    }
+
+    async fn send_snapshot(
+        &self,
+        request: Request<Streaming<SnapshotPart>>,
+    ) -> Result<Response<SendSnapshotResponse>, Status> {
+        self.parts.snapshots.send(request.into_inner()).await?;
+        Ok(Response::new(SendSnapshotResponse {}))
+    }
+
+    async fn receive_snapshot(
+        &self,
+        request: Request<ReceiveSnapshotRequest>,
+    ) -> Result<Response<Self::ReceiveSnapshotStream>, Status> {
+        let parts = self.parts.snapshots.take(request.into_inner().transfer_id)?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(parts))))
     }
 
     async fn log_status(
@@ -210,32 +239,57 @@ impl LocalLogParts {
     }
 
     /// A state machine that does not belong to this log must not be fed from it.
-    fn check_attach(&self, attach: &FollowAttach) -> Result<(), Status> {
+    async fn check_attach(&self, attach: &FollowAttach) -> Result<(), Status> {
         if attach.cluster_id != 0 && attach.cluster_id != self.cluster_id {
             return Err(Status::failed_precondition(format!(
                 "the database belongs to cluster {:016x}, the log to cluster {:016x}",
                 attach.cluster_id, self.cluster_id
             )));
         }
-        let at = attach.applied_index;
+        let applied = Position {
+            index: attach.applied_index,
+            term: attach.applied_term,
+            timestamp_ms: attach.applied_timestamp_ms,
+        };
         let base = self.reader.base().map_err(unreadable)?;
-        if at < base.index {
+        if applied.index < base.index {
             return Err(Status::failed_precondition(format!(
-                "the database has applied up to index {at}, but the log begins after index {}",
-                base.index
+                "the database has applied up to index {}, but the log begins after index {}: \
+                 rebuild this node from its peers with `resqlite node replace`",
+                applied.index, base.index
             )));
         }
-        match self.reader.term(at).map_err(unreadable)? {
-            Some(term) if term == attach.applied_term => Ok(()),
-            Some(term) => Err(Status::failed_precondition(format!(
-                "the database has applied index {at} of term {}, but the log holds term {term} there: \
-                 they do not belong together",
-                attach.applied_term
-            ))),
-            None => Err(Status::failed_precondition(format!(
-                "the database has applied up to index {at}, but the log ends before it: they do not belong together"
-            ))),
+        let term = self.reader.term(applied.index).map_err(unreadable)?;
+        if term == Some(applied.term) {
+            return Ok(());
         }
+        // What a state machine has applied is committed, so a log that ends before it, or holds what was never
+        // committed in its place, begins anew after it. That is how a snapshot is installed.
+        let is_snapshot = attach.exclusive && (term.is_none() || self.snapshots.taken() == Some(applied));
+        if is_snapshot && self.install(applied).await? == SnapshotOutcome::Installed {
+            return Ok(());
+        }
+        if applied.index > self.progress.borrow().commit_index {
+            return Err(Status::unavailable("it is not known yet what is committed; attach again"));
+        }
+        Err(Status::failed_precondition(format!(
+            "the database has applied index {} of term {}, but the log holds term {term:?} there: \
+             they do not belong together",
+            applied.index, applied.term
+        )))
+    }
+
+    /// The log begins anew after a position.
+    async fn install(&self, position: Position) -> Result<SnapshotOutcome, Status> {
+        let (reply, answer) = oneshot::channel();
+        self.driver.send(Input::Install(position, reply)).await;
+        let outcome = answer.await.map_err(|_| stopping())?;
+        if outcome == SnapshotOutcome::Installed {
+            let mut progress = self.progress.clone();
+            let installed = progress.wait_for(|now| now.deliverable_index >= position.index).await;
+            installed.map_err(|_| stopping())?;
+        }
+        Ok(outcome)
     }
 
     /// Sends committed entries after `applied_index` until the follower is gone.
@@ -280,15 +334,13 @@ impl LocalLogParts {
         })
     }
 
-    /// Reads the follower's reports until it is gone.
-    async fn take_progress(&self, mut requests: Streaming<FollowRequest>) {
+    /// Reads the follower's reports until it is gone. Only the state machine's count.
+    async fn take_progress(&self, mut requests: Streaming<FollowRequest>, exclusive: bool) {
         while let Ok(Some(request)) = requests.message().await {
-            if let Some(follow_request::Request::Progress(progress)) = request.request {
-                tracing::trace!(
-                    applied = progress.applied_index,
-                    durable = progress.durable_index,
-                    "progress"
-                );
+            if let Some(follow_request::Request::Progress(progress)) = request.request
+                && exclusive
+            {
+                self.driver.send(Input::StateMachineDurable(progress.durable_index)).await;
             }
         }
     }

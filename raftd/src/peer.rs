@@ -19,6 +19,7 @@ use tonic::transport::{Channel, Endpoint};
 use crate::{
     convert::{self, Envelope},
     driver::{DriverHandle, Input},
+    snapshots::Route,
 };
 
 /// How many messages may wait for one peer. Appends are bounded by the core's
@@ -31,6 +32,8 @@ const LAST_RETRY: Duration = Duration::from_millis(500);
 /// What the sending tasks need to know of the cluster.
 #[derive(Clone, Debug)]
 pub struct PeerOptions {
+    /// This node.
+    pub node_id: NodeId,
     /// Stamped on every message.
     pub envelope: Envelope,
     /// A peer that does not answer for so long is taken for unreachable.
@@ -43,6 +46,7 @@ pub struct Peer {
     id: NodeId,
     queue: mpsc::Sender<Message>,
     votes: VoteSender,
+    snapshots: Route,
 }
 
 /// Asks for votes, outside the stream: a vote must not wait behind entries.
@@ -68,8 +72,18 @@ impl Peer {
         let (queue, receiver) = mpsc::channel(QUEUE_MESSAGES);
         let votes =
             VoteSender { channel: endpoint.connect_lazy(), options: options.clone(), driver: driver.clone() };
+        let snapshots = Route {
+            channel: endpoint.connect_lazy(),
+            cluster_id: options.envelope.cluster_id,
+            from: options.node_id,
+        };
         tokio::spawn(Connector { id, endpoint, options, driver }.run(receiver));
-        Self { id, queue, votes }
+        Self { id, queue, votes, snapshots }
+    }
+
+    /// How a snapshot reaches the peer.
+    pub fn snapshot_route(&self) -> Route {
+        self.snapshots.clone()
     }
 
     /// Sends a message, or drops it when the peer is too far behind to take it.

@@ -4,48 +4,65 @@
 //! carries the cluster id. Reading from a peer's stream waits while the
 //! driver's queue is full, and HTTP/2 flow control passes that on.
 
-use std::pin::Pin;
+use std::{pin::Pin, time::Duration};
 
 use raft::NodeId;
-use resqlite::api::{PeerMessage, raft_service_server::RaftService};
-use tokio::sync::oneshot;
+use resqlite::api::{
+    InstallSnapshotResponse, PeerMessage, SnapshotChunk, SnapshotHeader, raft_service_server::RaftService,
+};
+use tokio::{
+    sync::{oneshot, watch},
+    time::timeout,
+};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     convert,
-    driver::{DriverHandle, Input},
+    driver::{DriverHandle, Input, Progress},
+    snapshots::{Snapshots, position_from_wire},
 };
 
+/// How long the state machine may take to become a snapshot that it has received whole.
+const INSTALL_PATIENCE: Duration = Duration::from_secs(120);
+
 /// Serves the peers of one node.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct PeerService {
-    node_id: NodeId,
-    cluster_id: u64,
-    driver: DriverHandle,
+    /// This node.
+    pub node_id: NodeId,
+    /// Its cluster.
+    pub cluster_id: u64,
+    /// The event loop.
+    pub driver: DriverHandle,
+    /// How far the log is.
+    pub progress: watch::Receiver<Progress>,
+    /// The way to the state machine.
+    pub snapshots: Snapshots,
 }
 
 impl PeerService {
-    /// For the node of this id, in the cluster of this id.
-    pub fn new(node_id: NodeId, cluster_id: u64, driver: DriverHandle) -> Self {
-        Self { node_id, cluster_id, driver }
+    /// Refuses strangers, and those who have strayed.
+    fn check_address(&self, cluster_id: u64, from: NodeId, to: NodeId) -> Result<(), Status> {
+        if cluster_id != self.cluster_id {
+            return Err(Status::failed_precondition(format!(
+                "node {from} belongs to another cluster (id {cluster_id:016x}, here it is {:016x}): \
+                 compare cluster.name and the member ids in both configurations",
+                self.cluster_id
+            )));
+        }
+        if to != self.node_id {
+            return Err(Status::failed_precondition(format!(
+                "this is node {}, not node {to}: compare the addresses in both configurations",
+                self.node_id
+            )));
+        }
+        Ok(())
     }
 
     /// Refuses strangers, and what cannot be understood.
     fn admit(&self, message: PeerMessage) -> Result<raft::Message, Status> {
-        if message.cluster_id != self.cluster_id {
-            return Err(Status::failed_precondition(format!(
-                "node {} belongs to another cluster (id {:016x}, here it is {:016x}): \
-                 compare cluster.name and the member ids in both configurations",
-                message.from, message.cluster_id, self.cluster_id
-            )));
-        }
-        if message.to != self.node_id {
-            return Err(Status::failed_precondition(format!(
-                "this is node {}, not node {}: compare the addresses in both configurations",
-                self.node_id, message.to
-            )));
-        }
+        self.check_address(message.cluster_id, message.from, message.to)?;
         convert::from_wire(message).map_err(|error| Status::invalid_argument(error.to_string()))
     }
 }
@@ -79,6 +96,31 @@ impl RaftService for PeerService {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
+    }
+
+    async fn install_snapshot(
+        &self,
+        request: Request<Streaming<SnapshotChunk>>,
+    ) -> Result<Response<InstallSnapshotResponse>, Status> {
+        let mut chunks = request.into_inner();
+        let first = chunks.message().await?.unwrap_or_default();
+        let Some(SnapshotHeader { cluster_id, from, to, position: Some(position) }) = first.header else {
+            return Err(Status::invalid_argument("the first chunk has no header"));
+        };
+        self.check_address(cluster_id, from, to)?;
+        let mut progress = self.progress.clone();
+        let commit_index = progress.borrow().commit_index;
+        if position.index <= commit_index {
+            // A late one; installing it would rewind the log.
+            return Ok(Response::new(InstallSnapshotResponse { index: commit_index }));
+        }
+        self.snapshots.offer(position_from_wire(position), first.data, chunks).await?;
+        let installed = progress.wait_for(|now| now.deliverable_index >= position.index);
+        match timeout(INSTALL_PATIENCE, installed).await {
+            Ok(Ok(_)) => Ok(Response::new(InstallSnapshotResponse { index: position.index })),
+            Ok(Err(_)) => Err(Status::unavailable("raftd is stopping")),
+            Err(_) => Err(Status::deadline_exceeded("the state machine did not become the snapshot in time")),
+        }
     }
 }
 

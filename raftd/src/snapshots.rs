@@ -1,0 +1,252 @@
+//! Snapshots on their way from one state machine to another, past two raftds.
+//!
+//! raftd relays them and keeps nothing: a part is taken only when the next hop
+//! has room, so a transfer of any size takes a few parts of memory, and a
+//! transfer that stalls is given up. What a snapshot contains, and whether it
+//! is whole, is the state machines' business.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use raft::{NodeId, Position};
+use resqlite::api::{
+    SnapshotChunk, SnapshotHeader, SnapshotPart, SnapshotPosition, SnapshotTask,
+    raft_service_client::RaftServiceClient, snapshot_task::Task,
+};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tonic::{Status, Streaming, transport::Channel};
+
+/// How many parts of one transfer may wait for the next hop.
+const PARTS_IN_FLIGHT: usize = 4;
+
+/// How many tasks may wait for the state machine: one for each peer is plenty.
+const TASKS_IN_FLIGHT: usize = 16;
+
+/// A transfer in which nothing moves for so long is given up; copying a large
+/// database to a file comes before its first part.
+const STALLED_AFTER: Duration = Duration::from_secs(120);
+
+/// An error ends a transfer as an error; only a closed channel is a snapshot's end.
+type PartSender = mpsc::Sender<Result<SnapshotPart, Status>>;
+
+/// The other end.
+pub type PartReceiver = mpsc::Receiver<Result<SnapshotPart, Status>>;
+
+/// A snapshot that comes from our own state machine.
+struct Outgoing {
+    parts: PartSender,
+    /// Answers the state machine once the peer has it all.
+    finished: oneshot::Receiver<Result<(), Status>>,
+}
+
+/// A snapshot that waits for our own state machine to take it.
+struct Incoming {
+    position: Position,
+    parts: PartReceiver,
+}
+
+#[derive(Default)]
+struct State {
+    last_transfer_id: u64,
+    watcher: Option<mpsc::Sender<SnapshotTask>>,
+    outgoing: BTreeMap<u64, Outgoing>,
+    incoming: BTreeMap<u64, Incoming>,
+    /// What a state machine that attaches may have become.
+    taken: Option<Position>,
+}
+
+/// The transfers of one node. Clones share them.
+#[derive(Clone, Default)]
+pub struct Snapshots {
+    state: Arc<Mutex<State>>,
+}
+
+impl Snapshots {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing in here panics while it holds the lock half-way.
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// The state machine listens for tasks; a later listener replaces an earlier one.
+    pub fn watch(&self) -> mpsc::Receiver<SnapshotTask> {
+        let (sender, receiver) = mpsc::channel(TASKS_IN_FLIGHT);
+        self.lock().watcher = Some(sender);
+        receiver
+    }
+
+    fn assign(state: &mut State, task: Task) -> Result<(), Status> {
+        let listens =
+            state.watcher.as_ref().is_some_and(|w| w.try_send(SnapshotTask { task: Some(task) }).is_ok());
+        if listens {
+            Ok(())
+        } else {
+            Err(Status::unavailable("the state machine takes no snapshot task now"))
+        }
+    }
+
+    /// Asks our state machine for a snapshot and brings it to a peer. Returns the peer's index.
+    pub async fn bring(&self, peer: NodeId, route: Route) -> Result<u64, Status> {
+        let (parts, mut receiver) = mpsc::channel(PARTS_IN_FLIGHT);
+        let (finish, finished) = oneshot::channel();
+        let transfer_id = {
+            let mut state = self.lock();
+            state.last_transfer_id += 1;
+            let transfer_id = state.last_transfer_id;
+            state.outgoing.insert(transfer_id, Outgoing { parts, finished });
+            if let Err(status) = Self::assign(&mut state, Task::Send(transfer_id)) {
+                state.outgoing.remove(&transfer_id);
+                return Err(status);
+            }
+            transfer_id
+        };
+        let result = deliver(peer, route, &mut receiver).await;
+        // Unless the state machine has begun, nobody else would forget it.
+        self.lock().outgoing.remove(&transfer_id);
+        let _ = finish.send(result.clone().map(drop));
+        result
+    }
+
+    /// Our state machine hands over the snapshot that [`Snapshots::bring`] asked for.
+    pub async fn send(&self, mut stream: Streaming<SnapshotPart>) -> Result<(), Status> {
+        let first = next_part(&mut stream).await?.ok_or_else(|| Status::invalid_argument("no part came"))?;
+        let outgoing = self.lock().outgoing.remove(&first.transfer_id);
+        let Outgoing { parts, finished } = outgoing
+            .ok_or_else(|| Status::not_found(format!("nobody waits for snapshot {}", first.transfer_id)))?;
+        let mut next = Some(Ok(first));
+        while let Some(part) = next {
+            let failed = part.is_err();
+            if parts.send(part).await.is_err() || failed {
+                break;
+            }
+            next = next_part(&mut stream).await.transpose();
+        }
+        drop(parts);
+        finished.await.unwrap_or_else(|_| Err(Status::aborted("the transfer was given up")))
+    }
+
+    /// The leader sends a snapshot: offers it to our state machine and passes the parts on until all are taken.
+    pub async fn offer(
+        &self,
+        position: Position,
+        first: Bytes,
+        mut chunks: Streaming<SnapshotChunk>,
+    ) -> Result<(), Status> {
+        let (sender, parts) = mpsc::channel(PARTS_IN_FLIGHT);
+        let transfer_id = {
+            let mut state = self.lock();
+            state.last_transfer_id += 1;
+            let transfer_id = state.last_transfer_id;
+            // One at a time: the sender of an earlier one has given up, or it would not send again.
+            state.incoming.clear();
+            state.incoming.insert(transfer_id, Incoming { position, parts });
+            Self::assign(&mut state, Task::Receive(transfer_id))?;
+            transfer_id
+        };
+        let first = SnapshotPart { transfer_id, position: Some(position_to_wire(position)), data: first };
+        let result = relay(first, &mut chunks, &sender).await;
+        if let Err(status) = &result {
+            let _ = sender.try_send(Err(status.clone()));
+        }
+        result
+    }
+
+    /// Our state machine takes an offered snapshot.
+    pub fn take(&self, transfer_id: u64) -> Result<PartReceiver, Status> {
+        let mut state = self.lock();
+        let incoming = state.incoming.remove(&transfer_id);
+        let incoming = incoming.ok_or_else(|| Status::not_found("this snapshot is no longer on offer"))?;
+        state.taken = Some(incoming.position);
+        tracing::info!(index = incoming.position.index, "receiving a snapshot");
+        Ok(incoming.parts)
+    }
+}
+
+impl Snapshots {
+    /// The last entry of the snapshot that our state machine took last.
+    pub fn taken(&self) -> Option<Position> {
+        self.lock().taken
+    }
+}
+
+/// How a snapshot reaches a peer.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// A connection of its own, so that appends do not wait behind it.
+    pub channel: Channel,
+    /// Stamped on it.
+    pub cluster_id: u64,
+    /// This node.
+    pub from: NodeId,
+}
+
+async fn deliver(peer: NodeId, route: Route, parts: &mut PartReceiver) -> Result<u64, Status> {
+    let given_up = || Status::aborted("the state machine gave the snapshot up");
+    let first = stalled(timeout(STALLED_AFTER, parts.recv()).await)?.ok_or_else(given_up)??;
+    let position =
+        first.position.ok_or_else(|| Status::invalid_argument("the first part has no position"))?;
+    tracing::info!(peer, index = position.index, "sending a snapshot");
+    let header =
+        SnapshotHeader { cluster_id: route.cluster_id, from: route.from, to: peer, position: Some(position) };
+    let (sender, chunks) = mpsc::channel(PARTS_IN_FLIGHT);
+    let mut client = RaftServiceClient::new(route.channel);
+    let feed = async {
+        let mut chunk = SnapshotChunk { header: Some(header), data: first.data };
+        while sender.send(chunk).await.is_ok() {
+            match parts.recv().await {
+                Some(Ok(part)) => chunk = SnapshotChunk { header: None, data: part.data },
+                Some(Err(status)) => return status,
+                None => break,
+            }
+        }
+        drop(sender);
+        // All is sent; what became of it, the answer says.
+        std::future::pending().await
+    };
+    tokio::select! {
+        response = client.install_snapshot(ReceiverStream::new(chunks)) => Ok(response?.into_inner().index),
+        // Dropping the call resets the stream, which the peer cannot take for the snapshot's end.
+        status = feed => Err(status),
+    }
+}
+
+/// Passes chunks on as parts until the last one is taken.
+async fn relay(
+    first: SnapshotPart,
+    chunks: &mut Streaming<SnapshotChunk>,
+    sender: &PartSender,
+) -> Result<(), Status> {
+    let transfer_id = first.transfer_id;
+    let mut part = first;
+    loop {
+        stalled(timeout(STALLED_AFTER, sender.send(Ok(part))).await)?
+            .map_err(|_| Status::aborted("the state machine gave the snapshot up"))?;
+        let Some(chunk) = stalled(timeout(STALLED_AFTER, chunks.message()).await)?? else { return Ok(()) };
+        part = SnapshotPart { transfer_id, position: None, data: chunk.data };
+    }
+}
+
+async fn next_part(stream: &mut Streaming<SnapshotPart>) -> Result<Option<SnapshotPart>, Status> {
+    stalled(timeout(STALLED_AFTER, stream.next()).await)?.transpose()
+}
+
+fn stalled<T>(result: Result<T, tokio::time::error::Elapsed>) -> Result<T, Status> {
+    result.map_err(|_| Status::deadline_exceeded("the snapshot transfer stalled"))
+}
+
+/// A position as it goes on the wire.
+pub fn position_to_wire(position: Position) -> SnapshotPosition {
+    SnapshotPosition { index: position.index, term: position.term, timestamp_ms: position.timestamp_ms }
+}
+
+/// A position from the wire.
+pub fn position_from_wire(position: SnapshotPosition) -> Position {
+    Position { index: position.index, term: position.term, timestamp_ms: position.timestamp_ms }
+}
