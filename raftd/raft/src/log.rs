@@ -252,7 +252,8 @@ impl RaftLog {
 
     /// Every write up to the Ready of this number is durable.
     pub(crate) fn persisted(&mut self, number: u64) {
-        while let Some((_, last)) = self.writes.pop_front_if(|(written, _)| *written <= number) {
+        let done = self.writes.partition_point(|(written, _)| *written <= number);
+        for (_, last) in self.writes.drain(..done) {
             self.durable = self.durable.max(last);
         }
         while self.tail.front().is_some_and(|entry| entry.index <= self.durable) {

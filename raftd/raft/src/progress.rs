@@ -152,7 +152,8 @@ impl Progress {
                 ProgressState::Replicate | ProgressState::Snapshot => self.next = self.next.max(index + 1),
             }
         }
-        while let Some((_, bytes)) = self.inflight.appends.pop_front_if(|(last, _)| *last <= index) {
+        let arrived = self.inflight.appends.partition_point(|(last, _)| *last <= index);
+        for (_, bytes) in self.inflight.appends.drain(..arrived) {
             self.inflight.bytes -= bytes;
         }
         self.check();

@@ -161,9 +161,8 @@ impl Node {
             if node == own { leader.reads.round } else { leader.progress[&node].read_round }
         });
         let mut answers = Vec::new();
-        while let Some((_, index, readers)) =
-            leader.reads.rounds.pop_front_if(|(round, _, _)| *round <= confirmed)
-        {
+        let done = leader.reads.rounds.partition_point(|(round, _, _)| *round <= confirmed);
+        for (_, index, readers) in leader.reads.rounds.drain(..done) {
             leader.reads.pending -= readers.len();
             answers.extend(readers.into_iter().map(|reader| (reader, index)));
         }

@@ -219,9 +219,8 @@ impl Node {
     /// If no such Ready was handed out: a driver that confirms what it was not given cannot be trusted with the rest.
     pub fn persisted(&mut self, number: u64) {
         assert!(number <= self.reported.number, "Ready {number} was never handed out");
-        while let Some((_, hard_state)) =
-            self.reported.outstanding.pop_front_if(|(outstanding, _)| *outstanding <= number)
-        {
+        let done = self.reported.outstanding.partition_point(|(outstanding, _)| *outstanding <= number);
+        for (_, hard_state) in self.reported.outstanding.drain(..done) {
             self.reported.durable_hard_state = hard_state.unwrap_or(self.reported.durable_hard_state);
         }
         self.log.persisted(number);

@@ -222,7 +222,8 @@ impl Node {
             return;
         }
         self.commit_index = index;
-        while let Some((_, bytes)) = leader.uncommitted.batches.pop_front_if(|(last, _)| *last <= index) {
+        let done = leader.uncommitted.batches.partition_point(|(last, _)| *last <= index);
+        for (_, bytes) in leader.uncommitted.batches.drain(..done) {
             leader.uncommitted.bytes -= bytes;
         }
     }

@@ -3,6 +3,8 @@
 //!
 //! `RAFT_SEEDS=20000 cargo test -p raft --test random_cluster` runs more seeds; `RAFT_SEED=17` runs one.
 
+#![allow(clippy::unwrap_used, reason = "a panic is the failure report")]
+
 mod sim;
 mod support;
 

@@ -2,6 +2,8 @@
 //!
 //! `UPDATE_GOLDENFILES=1 cargo test -p raft --test scripts` records anew; read what changed before you commit it.
 
+#![allow(clippy::unwrap_used, reason = "a panic is the failure report")]
+
 mod script;
 mod support;
 
