@@ -1,0 +1,635 @@
+//! Applies committed log entries to the database, many in one SQLite transaction.
+//!
+//! It knows SQLite and the format of log entries; nothing of gRPC, of tokio or of threads. After any
+//! crash the file itself says which entries it holds: the applied index is part of every transaction.
+
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use prost::Message;
+use resqlite::api::{LogEntry, LogEntryKind, LoggedRequest, ReplyClass, StoredReply};
+use rusqlite::{Connection, InterruptHandle, Statement, ffi};
+
+use crate::{
+    classify::{self, Failure},
+    connection::Writer,
+    execute::{self, Execution, Remedies, Savepoints, Stop},
+    sessions::{Admission, ClientId, Sessions},
+    sqlite_ffi::VfsState,
+    version,
+};
+
+/// The format of [`LoggedRequest`] that this version writes and reads.
+pub const REQUEST_FORMAT: u32 = 1;
+
+/// The format of the server's own tables.
+const SCHEMA_FORMAT: i64 = 1;
+
+const META_SCHEMA: &str = "CREATE TABLE IF NOT EXISTS _resqlite_meta(
+    id INTEGER PRIMARY KEY CHECK (id = 0),
+    format INTEGER NOT NULL,
+    cluster_id INTEGER NOT NULL,
+    applied_index INTEGER NOT NULL,
+    applied_term INTEGER NOT NULL,
+    applied_timestamp_ms INTEGER NOT NULL)";
+
+/// How entries are gathered into transactions. What an entry means does not depend on it.
+#[derive(Clone, Debug)]
+pub struct ApplySettings {
+    /// At most so many entries in one transaction.
+    pub group_entries: usize,
+    /// No further entry once the payloads have so many bytes.
+    pub group_bytes: usize,
+    /// How many pages the WAL may have before a commit writes it back to the database. Done by SQLite in the
+    /// committing thread: a checkpoint beside a busy writer never catches up, and the WAL would grow for ever.
+    pub checkpoint_pages: u32,
+}
+
+impl Default for ApplySettings {
+    fn default() -> Self {
+        Self { group_entries: 1_000, group_bytes: 4 << 20, checkpoint_pages: 4_096 }
+    }
+}
+
+/// Where the database stands in the log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    /// 0: it does not belong to a cluster yet.
+    pub cluster_id: u64,
+    /// The last entry whose effects are in the database; 0 before the first.
+    pub applied_index: u64,
+    /// That entry's term.
+    pub applied_term: u64,
+    /// That entry's timestamp.
+    pub applied_timestamp_ms: u64,
+}
+
+/// A request that was applied, and its reply. The transaction is committed.
+#[derive(Clone, Debug)]
+pub struct Applied {
+    /// The entry.
+    pub index: u64,
+    /// Who sent the request; zeros if it did not say.
+    pub client_id: ClientId,
+    /// The request's number.
+    pub sequence: u64,
+    /// What came of it, or of the same request when it was applied first.
+    pub reply: Arc<StoredReply>,
+}
+
+/// Why applying stopped. Never a request's result: this node cannot go on, the entry is not applied.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// The database cannot be opened.
+    #[error("cannot open the database {path}: {reason}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// SQLite's words, or ours.
+        reason: String,
+    },
+    /// The database belongs to another cluster.
+    #[error(
+        "the database belongs to the cluster {stored:016x} and not to {offered:016x}: give this node the data \
+         directory that is its own, or start it with an empty one"
+    )]
+    ForeignCluster {
+        /// The cluster of the database.
+        stored: u64,
+        /// The one that was to be bound.
+        offered: u64,
+    },
+    /// The entries do not follow the applied index.
+    #[error("entry {got} does not follow the applied index: entry {expected} should be next")]
+    Gap {
+        /// The entry that should come next.
+        expected: u64,
+        /// The one that came.
+        got: u64,
+    },
+    /// An entry of a format that this version does not know.
+    #[error(
+        "entry {index} has format {format}, which this version does not know: upgrade this node to the version \
+         of the node that wrote it"
+    )]
+    UnknownFormat {
+        /// The entry.
+        index: u64,
+        /// Its format.
+        format: u32,
+    },
+    /// An entry for another SQLite, or for another kind of processor.
+    #[error(
+        "entry {index} was made for the execution version {entry:016x}, this node's is {own:016x}: \
+         install the same version of sqlited on every node"
+    )]
+    ForeignExecutionVersion {
+        /// The entry.
+        index: u64,
+        /// Its version.
+        entry: u64,
+        /// This binary's version.
+        own: u64,
+    },
+    /// An entry that is not a request.
+    #[error(
+        "entry {index} cannot be read ({reason}): if it is so on this node only, its log is damaged, replace the \
+         node; if on every node, restore a backup"
+    )]
+    CorruptPayload {
+        /// The entry.
+        index: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// This node's disk, memory or file.
+    #[error("entry {index} cannot be applied here: {message} ({}): {}", classify::code_name(*.code), way_past(*.code))]
+    Environment {
+        /// The entry, or the last of the transaction that could not be committed.
+        index: u64,
+        /// SQLite's extended result code.
+        code: i32,
+        /// SQLite's words.
+        message: String,
+    },
+}
+
+impl ApplyError {
+    /// Whether the same attempt may succeed later without a restart: the disk, memory or a lock may be free
+    /// again. After an I/O error nothing that this process holds in memory may be trusted.
+    pub fn is_retryable(&self) -> bool {
+        let Self::Environment { code, .. } = self else { return false };
+        matches!(code & 0xff, ffi::SQLITE_FULL | ffi::SQLITE_NOMEM | ffi::SQLITE_BUSY | ffi::SQLITE_INTERRUPT)
+    }
+}
+
+/// What an operator can do about an environmental error.
+fn way_past(code: i32) -> &'static str {
+    match code & 0xff {
+        ffi::SQLITE_FULL => "free space on the disk; the entry is then applied again",
+        ffi::SQLITE_NOMEM => "free memory or raise the limit of the process, then restart sqlited",
+        ffi::SQLITE_BUSY | ffi::SQLITE_LOCKED => "another process holds the database: end it",
+        ffi::SQLITE_CORRUPT | ffi::SQLITE_NOTADB => "the database file is damaged: replace this node's data directory",
+        ffi::SQLITE_IOERR | ffi::SQLITE_CANTOPEN | ffi::SQLITE_READONLY | ffi::SQLITE_PERM => {
+            "check the disk, its mount and the file's permissions, then restart sqlited"
+        }
+        ffi::SQLITE_INTERRUPT => "it was interrupted; it is applied again after a restart",
+        _ => "restart sqlited; if it happens on every node, restore a backup from before this entry",
+    }
+}
+
+/// The applied index of the snapshot that this connection reads.
+pub fn applied_index(connection: &Connection) -> rusqlite::Result<u64> {
+    // Not from the cache, which is keyed by text: what is in there runs for users.
+    let column = connection.query_row("SELECT applied_index FROM _resqlite_meta", [], |row| row.get::<_, i64>(0));
+    column.map(|index| index as u64)
+}
+
+/// Makes the WAL durable, from any thread, beside a running [`Applier`].
+#[derive(Clone, Debug)]
+pub struct Durability {
+    wal: Arc<File>,
+    applied_index: Arc<AtomicU64>,
+}
+
+impl Durability {
+    /// Syncs the WAL and returns an applied index that is now durable: the one from before the sync.
+    /// After an error no later sync of the same file may be trusted: end the process.
+    pub fn sync(&self) -> io::Result<u64> {
+        let applied_index = self.applied_index.load(Ordering::Acquire);
+        self.wal.sync_data()?;
+        Ok(applied_index)
+    }
+}
+
+/// The state machine: one database and the sessions in it.
+pub struct Applier {
+    writer: Writer,
+    sessions: Sessions,
+    position: Position,
+    settings: ApplySettings,
+    execution_version: u64,
+    durability: Durability,
+}
+
+/// An entry, decoded.
+enum Work {
+    Nothing,
+    Request(Box<LoggedRequest>),
+}
+
+struct Item<'e> {
+    entry: &'e LogEntry,
+    work: Work,
+}
+
+/// How a group ended.
+enum Group {
+    /// So many entries are committed.
+    Committed(usize),
+    /// The transaction is gone: execute it again, with this knowledge about its last entry.
+    Lost { at: usize, statement: u32, remedy: execute::Remedy },
+}
+
+/// Trouble with one entry of a group.
+struct Trouble {
+    at: usize,
+    error: rusqlite::Error,
+}
+
+impl Applier {
+    /// Opens or creates the database, and reads where it stands.
+    pub fn open(path: &Path, settings: ApplySettings) -> Result<Self, ApplyError> {
+        let failed = |reason: String| ApplyError::Open { path: path.to_owned(), reason };
+        let sqlite = |error: rusqlite::Error| failed(error.to_string());
+        let writer = Writer::open(path, settings.checkpoint_pages).map_err(sqlite)?;
+        let position = open_tables(&writer.connection).map_err(sqlite)?.map_err(failed)?;
+        check_local_time(&writer.connection).map_err(sqlite)?.map_err(failed)?;
+        let sessions = Sessions::load(&writer.connection).map_err(sqlite)?;
+        let wal = open_wal(path).map_err(|error| failed(format!("cannot open its -wal: {error}")))?;
+        let applied_index = Arc::new(AtomicU64::new(position.applied_index));
+        Ok(Self {
+            writer,
+            sessions,
+            position,
+            settings,
+            execution_version: version::execution_version(),
+            durability: Durability { wal: Arc::new(wal), applied_index },
+        })
+    }
+
+    /// Where the database stands in the log.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// Binds the database to a cluster, or checks that it belongs to it. Stored with the next entries.
+    pub fn bind_cluster(&mut self, cluster_id: u64) -> Result<(), ApplyError> {
+        match self.position.cluster_id {
+            0 => self.position.cluster_id = cluster_id,
+            stored if stored != cluster_id => {
+                return Err(ApplyError::ForeignCluster { stored, offered: cluster_id });
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Makes what was applied durable.
+    pub fn durability(&self) -> Durability {
+        self.durability.clone()
+    }
+
+    /// Interrupts a running [`Self::apply`] from another thread; it then ends with
+    /// [`ApplyError::Environment`] and applies the entry again when it is called again.
+    pub fn interrupt_handle(&self) -> InterruptHandle {
+        self.writer.connection.get_interrupt_handle()
+    }
+
+    /// The writer's clock and fault switches, for tests.
+    pub fn files(&self) -> Arc<VfsState> {
+        Arc::clone(&self.writer.files)
+    }
+
+    /// Applies committed entries, whose first must follow the applied index.
+    ///
+    /// The replies are appended to `applied` once they are committed, also when a later entry fails: so the
+    /// position and the replies always agree. After an error the same entries, from the position on, may be
+    /// tried again.
+    pub fn apply(&mut self, entries: &[LogEntry], applied: &mut Vec<Applied>) -> Result<(), ApplyError> {
+        let mut rest = entries;
+        while let Some(first) = rest.first() {
+            let expected = self.position.applied_index + 1;
+            if first.index != expected {
+                return Err(ApplyError::Gap { expected, got: first.index });
+            }
+            let done = self.apply_group(rest, applied)?;
+            rest = &rest[done..];
+        }
+        Ok(())
+    }
+
+    /// Applies at least one entry and returns how many.
+    fn apply_group(&mut self, entries: &[LogEntry], applied: &mut Vec<Applied>) -> Result<usize, ApplyError> {
+        let mut items = self.decode_group(entries)?;
+        let mut remedies = Remedies::new();
+        let mut replies = Vec::new();
+        let mut in_trouble = false;
+        loop {
+            replies.clear();
+            match self.run_group(&items, &remedies, &mut replies) {
+                Ok(Group::Committed(done)) => {
+                    applied.append(&mut replies);
+                    return Ok(done);
+                }
+                Ok(Group::Lost { at, statement, remedy }) => {
+                    // The remedies are about the last entry of the group only.
+                    if at + 1 < items.len() {
+                        remedies.clear();
+                        items.truncate(at + 1);
+                    }
+                    remedies.insert(statement, remedy);
+                    self.recover(items[at].entry.index)?;
+                }
+                Err(trouble) => {
+                    let index = items[trouble.at].entry.index;
+                    self.recover(index)?;
+                    // The entries before it need not wait for this one; it is then the first to be tried.
+                    if trouble.at == 0 || in_trouble {
+                        return Err(environment(index, &trouble.error));
+                    }
+                    in_trouble = true;
+                    remedies.clear();
+                    items.truncate(trouble.at);
+                }
+            }
+        }
+    }
+
+    /// Decodes as many entries as may share a transaction; at least one.
+    fn decode_group<'e>(&self, entries: &'e [LogEntry]) -> Result<Vec<Item<'e>>, ApplyError> {
+        let mut items: Vec<Item<'e>> = Vec::with_capacity(entries.len().min(self.settings.group_entries));
+        let mut bytes = 0;
+        let mut foreign_keys = None;
+        for (entry, expected) in entries.iter().zip(self.position.applied_index + 1..) {
+            let full = items.len() >= self.settings.group_entries || bytes >= self.settings.group_bytes;
+            if full && !items.is_empty() {
+                break;
+            }
+            let work = if entry.index == expected {
+                self.decode(entry)
+            } else {
+                Err(ApplyError::Gap { expected, got: entry.index })
+            };
+            let work = match work {
+                Ok(work) => work,
+                // The entries before it are applied first; then it fails by itself.
+                Err(_) if !items.is_empty() => break,
+                Err(error) => return Err(error),
+            };
+            if let Work::Request(request) = &work {
+                // SQLite ignores a change of this setting inside a transaction.
+                if *foreign_keys.get_or_insert(request.foreign_keys) != request.foreign_keys {
+                    break;
+                }
+            }
+            bytes += entry.payload.len();
+            items.push(Item { entry, work });
+        }
+        Ok(items)
+    }
+
+    fn decode(&self, entry: &LogEntry) -> Result<Work, ApplyError> {
+        let index = entry.index;
+        match LogEntryKind::try_from(entry.kind) {
+            Ok(LogEntryKind::Noop) => return Ok(Work::Nothing),
+            Ok(LogEntryKind::Payload) => {}
+            Err(_) => {
+                let reason = format!("it is of the unknown kind {}", entry.kind);
+                return Err(ApplyError::CorruptPayload { index, reason });
+            }
+        }
+        let request = LoggedRequest::decode(entry.payload.clone())
+            .map_err(|error| ApplyError::CorruptPayload { index, reason: error.to_string() })?;
+        if request.format != REQUEST_FORMAT {
+            return Err(ApplyError::UnknownFormat { index, format: request.format });
+        }
+        if request.execution_version != self.execution_version {
+            let (entry, own) = (request.execution_version, self.execution_version);
+            return Err(ApplyError::ForeignExecutionVersion { index, entry, own });
+        }
+        Ok(Work::Request(Box::new(request)))
+    }
+
+    /// Executes the items in one transaction and commits it, or says why not.
+    fn run_group(
+        &mut self,
+        items: &[Item<'_>],
+        remedies: &Remedies,
+        replies: &mut Vec<Applied>,
+    ) -> Result<Group, Trouble> {
+        let at_start = |error| Trouble { at: 0, error };
+        let requests = || items.iter().filter_map(|item| match &item.work {
+            Work::Request(request) => Some(request),
+            Work::Nothing => None,
+        });
+        if let Some(first) = requests().next() {
+            self.writer.set_foreign_keys(first.foreign_keys).map_err(at_start)?;
+        }
+        let mut own = OwnStatements::prepare(&self.writer.connection).map_err(at_start)?;
+        let mut savepoints = Savepoints::prepare(&self.writer).map_err(at_start)?;
+        own.begin.raw_execute().map_err(at_start)?;
+        let mut done = 0;
+        for (at, item) in items.iter().enumerate() {
+            let trouble = |error| Trouble { at, error };
+            let none = Remedies::new();
+            let remedies = if at + 1 == items.len() { remedies } else { &none };
+            let Work::Request(request) = &item.work else {
+                done = at + 1;
+                continue;
+            };
+            let outcome =
+                run_request(&self.writer, &mut self.sessions, &mut savepoints, request, item.entry, remedies);
+            match outcome {
+                Ok((reply, ends_group)) => {
+                    replies.push(reply);
+                    done = at + 1;
+                    if ends_group {
+                        break;
+                    }
+                }
+                Err(Stop::Lost { statement, remedy }) => return Ok(Group::Lost { at, statement, remedy }),
+                // VACUUM runs between groups: now, if nothing was done yet, else at the next turn.
+                Err(Stop::Vacuum) if at > 0 => {
+                    self.sessions.reload(&self.writer.connection).map_err(trouble)?;
+                    break;
+                }
+                Err(Stop::Vacuum) => {
+                    own.rollback.raw_execute().map_err(trouble)?;
+                    let (writer, sessions) = (&self.writer, &mut self.sessions);
+                    replies.push(run_vacuum(writer, sessions, request, item.entry).map_err(trouble)?);
+                    own.begin.raw_execute().map_err(trouble)?;
+                    done = 1;
+                    break;
+                }
+                Err(Stop::Environment(error)) => return Err(trouble(error)),
+            }
+        }
+        let last = items[done - 1].entry;
+        let trouble = |error| Trouble { at: done - 1, error };
+        self.sessions.save(&mut own.put_session, &mut own.delete_session).map_err(trouble)?;
+        own.save_position(self.position.cluster_id, last).map_err(trouble)?;
+        own.commit.raw_execute().map_err(trouble)?;
+        self.position.applied_index = last.index;
+        self.position.applied_term = last.term;
+        self.position.applied_timestamp_ms = last.timestamp_ms;
+        self.durability.applied_index.store(last.index, Ordering::Release);
+        Ok(Group::Committed(done))
+    }
+
+    /// Back to the last committed state, in the database and in memory.
+    fn recover(&mut self, index: u64) -> Result<(), ApplyError> {
+        let mut back = || {
+            if !self.writer.connection.is_autocommit() {
+                self.writer.connection.execute_batch("ROLLBACK")?;
+            }
+            // It may have failed in the middle of a request that set it.
+            self.writer.connection.execute_batch("PRAGMA defer_foreign_keys = OFF")?;
+            self.writer.reload_schema()?;
+            self.sessions.reload(&self.writer.connection)
+        };
+        back().map_err(|error| environment(index, &error))
+    }
+}
+
+/// Executes one request, unless its session says that this was done before.
+fn run_request<'c>(
+    writer: &'c Writer,
+    sessions: &mut Sessions,
+    savepoints: &mut Savepoints<'c>,
+    request: &LoggedRequest,
+    entry: &LogEntry,
+    remedies: &Remedies,
+) -> Result<(Applied, bool), Stop> {
+    with_session(sessions, request, entry, || {
+        let executed =
+            Execution::run(writer, savepoints, request, entry.index, entry.timestamp_ms, remedies)?;
+        Ok((executed.reply, executed.ends_group))
+    })
+}
+
+fn run_vacuum(
+    writer: &Writer,
+    sessions: &mut Sessions,
+    request: &LoggedRequest,
+    entry: &LogEntry,
+) -> rusqlite::Result<Applied> {
+    sessions.reload(&writer.connection)?;
+    let vacuum = || Ok((execute::vacuum(writer, request, entry.index, entry.timestamp_ms)?, true));
+    with_session(sessions, request, entry, vacuum).map(|(applied, _)| applied)
+}
+
+/// Asks the session whether to execute, and lets it remember the reply.
+fn with_session<E>(
+    sessions: &mut Sessions,
+    request: &LoggedRequest,
+    entry: &LogEntry,
+    execute: impl FnOnce() -> Result<(StoredReply, bool), E>,
+) -> Result<(Applied, bool), E> {
+    let index = entry.index;
+    let applied = |client_id, sequence, reply| Applied { index, client_id, sequence, reply };
+    let refused = |failure| Arc::new(execute::reply(index, Vec::new(), Some(failure)));
+    let named = request.id.as_ref().and_then(|id| Some((id, ClientId::try_from(&id.client_id[..]).ok()?)));
+    let Some((id, client)) = named.filter(|(id, _)| id.sequence > 0) else {
+        let message = "the request's id needs a client_id of 16 bytes and a sequence from 1";
+        let failure = Failure::new(ReplyClass::Invalid, ffi::SQLITE_ERROR, 0, message);
+        return Ok((applied(ClientId::default(), 0, refused(failure)), false));
+    };
+    let admission = sessions.admit(client, id, index, entry.timestamp_ms, request.server_made_id);
+    let (reply, ends_group) = match admission {
+        Admission::Execute => {
+            let (reply, ends_group) = execute()?;
+            sessions.record(client, id.sequence, &reply, request.server_made_id);
+            (Arc::new(reply), ends_group)
+        }
+        Admission::Duplicate(first_reply) => (first_reply, false),
+        Admission::Refused(failure) => (refused(*failure), false),
+    };
+    Ok((applied(client, id.sequence, reply), ends_group))
+}
+
+/// Our own statements around the requests of a group.
+struct OwnStatements<'c> {
+    begin: Statement<'c>,
+    commit: Statement<'c>,
+    rollback: Statement<'c>,
+    put_session: Statement<'c>,
+    delete_session: Statement<'c>,
+    put_position: Statement<'c>,
+}
+
+impl<'c> OwnStatements<'c> {
+    fn prepare(connection: &'c Connection) -> rusqlite::Result<Self> {
+        let prepare = |sql| connection.prepare(sql);
+        Ok(Self {
+            begin: prepare("BEGIN IMMEDIATE")?,
+            commit: prepare("COMMIT")?,
+            rollback: prepare("ROLLBACK")?,
+            put_session: prepare(
+                "INSERT INTO _resqlite_sessions(client_id, state) VALUES (?1, ?2)
+                 ON CONFLICT DO UPDATE SET state = excluded.state",
+            )?,
+            delete_session: prepare("DELETE FROM _resqlite_sessions WHERE client_id = ?1")?,
+            put_position: prepare(
+                "UPDATE _resqlite_meta SET cluster_id = ?1, applied_index = ?2, applied_term = ?3,
+                 applied_timestamp_ms = ?4",
+            )?,
+        })
+    }
+
+    fn save_position(&mut self, cluster_id: u64, last: &LogEntry) -> rusqlite::Result<()> {
+        // SQLite's integers have a sign; the bits are the same.
+        let columns = [cluster_id, last.index, last.term, last.timestamp_ms].map(|column| column as i64);
+        self.put_position.execute(columns).map(drop)
+    }
+}
+
+/// Creates the server's tables in a new database, and reads the position.
+fn open_tables(connection: &Connection) -> rusqlite::Result<Result<Position, String>> {
+    let encoding: String = connection.query_row("PRAGMA encoding", [], |row| row.get(0))?;
+    if encoding != "UTF-8" {
+        return Ok(Err(format!("its encoding is {encoding}: only UTF-8 is supported")));
+    }
+    connection.execute_batch(&format!(
+        "BEGIN IMMEDIATE; {META_SCHEMA}; {};
+         INSERT OR IGNORE INTO _resqlite_meta VALUES (0, {SCHEMA_FORMAT}, 0, 0, 0, 0); COMMIT",
+        Sessions::SCHEMA
+    ))?;
+    let columns = "SELECT format, cluster_id, applied_index, applied_term, applied_timestamp_ms FROM _resqlite_meta";
+    connection.query_row(columns, [], |row| {
+        let column = |index| row.get::<_, i64>(index).map(|column| column as u64);
+        let format = row.get::<_, i64>(0)?;
+        if format != SCHEMA_FORMAT {
+            return Ok(Err(format!("its format is {format}: this version knows {SCHEMA_FORMAT} only")));
+        }
+        Ok(Ok(Position {
+            cluster_id: column(1)?,
+            applied_index: column(2)?,
+            applied_term: column(3)?,
+            applied_timestamp_ms: column(4)?,
+        }))
+    })
+}
+
+/// `'localtime'` must mean UTC, in summer and in winter.
+fn check_local_time(connection: &Connection) -> rusqlite::Result<Result<(), String>> {
+    let same: bool = connection.query_row(
+        "SELECT datetime('2024-01-15 12:00', 'localtime') = '2024-01-15 12:00:00'
+            AND datetime('2024-07-15 12:00', 'localtime') = '2024-07-15 12:00:00'",
+        [],
+        |row| row.get(0),
+    )?;
+    Ok(if same { Ok(()) } else { Err("the local time is not UTC: start sqlited with TZ=UTC".into()) })
+}
+
+/// Opens the WAL, which SQLite keeps as long as the writer is open, and makes its name durable.
+fn open_wal(path: &Path) -> io::Result<File> {
+    let mut name = path.as_os_str().to_owned();
+    name.push("-wal");
+    let wal = File::open(&name)?;
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?;
+    Ok(wal)
+}
+
+fn environment(index: u64, error: &rusqlite::Error) -> ApplyError {
+    let code = classify::extended_code(error);
+    ApplyError::Environment { index, code, message: classify::sql_error(error, 0).message }
+}

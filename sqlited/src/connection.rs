@@ -1,0 +1,320 @@
+//! How the database is opened: one writer, many readers, the same limits and meaning on both.
+//!
+//! Every setting that could change what a statement means is fixed here, for all nodes; none is
+//! configurable. It knows nothing of the log.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use rusqlite::{CachedStatement, Connection, Error, OpenFlags, config::DbConfig, ffi, limits::Limit};
+
+use crate::{
+    determinism::{
+        self, Class,
+        authorizer::{Guard, Phase, Role, StatementFacts},
+        random::{RandomSource, Sequence},
+    },
+    sqlite_ffi::{self, VfsState, WriterVfs},
+};
+
+/// The longest string, blob or row, in bytes.
+pub const MAX_VALUE_BYTES: i32 = 16 << 20;
+
+/// SQLite's run-time limits, alike on every node: what exceeds one fails, and so they are part of
+/// what a statement means.
+const LIMITS: [(Limit, i32); 13] = [
+    // Besides memory, it bounds how long functions such as replace() work within one step.
+    (Limit::SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES),
+    (Limit::SQLITE_LIMIT_SQL_LENGTH, 64 << 20),
+    (Limit::SQLITE_LIMIT_COLUMN, 2_000),
+    (Limit::SQLITE_LIMIT_EXPR_DEPTH, 1_000),
+    (Limit::SQLITE_LIMIT_COMPOUND_SELECT, 500),
+    (Limit::SQLITE_LIMIT_VDBE_OP, 25_000_000),
+    (Limit::SQLITE_LIMIT_FUNCTION_ARG, 1_000),
+    // VACUUM attaches one.
+    (Limit::SQLITE_LIMIT_ATTACHED, 1),
+    // LIKE takes time in proportion to the text times the pattern, all in one step.
+    (Limit::SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1_000),
+    (Limit::SQLITE_LIMIT_VARIABLE_NUMBER, 32_766),
+    (Limit::SQLITE_LIMIT_TRIGGER_DEPTH, 1_000),
+    (Limit::SQLITE_LIMIT_WORKER_THREADS, 0),
+    (Limit::SQLITE_LIMIT_PARSER_DEPTH, 2_500),
+];
+
+/// SQLite's switches, alike on every node.
+const SWITCHES: [(DbConfig, bool); 11] = [
+    (DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true),
+    (DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false),
+    (DbConfig::SQLITE_DBCONFIG_ENABLE_FTS3_TOKENIZER, false),
+    (DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, true),
+    (DbConfig::SQLITE_DBCONFIG_ENABLE_VIEW, true),
+    (DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, false),
+    (DbConfig::SQLITE_DBCONFIG_LEGACY_ALTER_TABLE, false),
+    // Double-quoted strings: SQLite's default, which many a dump relies on.
+    (DbConfig::SQLITE_DBCONFIG_DQS_DML, true),
+    (DbConfig::SQLITE_DBCONFIG_DQS_DDL, true),
+    (DbConfig::SQLITE_DBCONFIG_REVERSE_SCANORDER, false),
+    (DbConfig::SQLITE_DBCONFIG_ENABLE_COMMENTS, true),
+];
+
+/// How long to wait for a lock that somebody else holds on the file; nobody should.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How many prepared statements a connection keeps.
+const CACHED_STATEMENTS: usize = 256;
+
+/// How many virtual machine steps pass between two looks at the fuse.
+const STEPS_PER_LOOK: i32 = 4_096;
+
+/// A reading connection: `query_only`, with the writer's limits and the same things closed.
+pub struct Reader {
+    connection: Connection,
+    guard: Guard,
+}
+
+/// Opens a reading connection on the database that the writer of this process has open.
+pub fn open_reader(path: &Path) -> rusqlite::Result<Reader> {
+    sqlite_ffi::make_local_time_utc();
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
+        | OpenFlags::SQLITE_OPEN_NO_MUTEX
+        | OpenFlags::SQLITE_OPEN_PRIVATE_CACHE;
+    let connection = Connection::open_with_flags(path, flags)?;
+    configure(&connection)?;
+    connection.execute_batch("PRAGMA query_only = ON")?;
+    let guard = Guard::install(&connection, Role::Reader)?;
+    Ok(Reader { connection, guard })
+}
+
+impl Reader {
+    /// The connection, to run prepared reads on and to interrupt.
+    pub fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// What a text is that should be a single statement. Nothing is executed.
+    pub fn classify(&self, sql: &str) -> Class {
+        determinism::classify_on_reader(&self.connection, &self.guard, sql)
+    }
+
+    /// Prepares a text that [`Self::classify`] called [`Class::ReadOnly`], or takes it from the cache, and
+    /// hands it to `run`. While it runs, users' rules hold.
+    pub fn read<T>(
+        &self,
+        sql: &str,
+        run: impl FnOnce(&mut CachedStatement<'_>) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        self.guard.begin(Phase::Prepare);
+        let prepared = self.connection.prepare_cached(sql);
+        let facts = self.guard.end();
+        let mut statement = prepared?;
+        if facts.transaction.is_some() || facts.pragma_writes || !statement.readonly() {
+            statement.discard();
+            return Err(Error::InvalidQuery);
+        }
+        self.guard.begin(Phase::Step);
+        let result = run(&mut statement);
+        self.guard.end();
+        result
+    }
+}
+
+/// What readers and the writer have in common.
+fn configure(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.set_prepared_statement_cache_capacity(CACHED_STATEMENTS);
+    for (limit, value) in LIMITS {
+        connection.set_limit(limit, value)?;
+    }
+    for (switch, value) in SWITCHES {
+        connection.set_db_config(switch, value)?;
+    }
+    // The cache's size decides where a sorter spills; mapped memory would hide read errors.
+    connection.execute_batch("PRAGMA cache_size = -65536; PRAGMA mmap_size = 0; PRAGMA cell_size_check = ON")
+}
+
+/// The one connection that writes.
+pub(crate) struct Writer {
+    pub connection: Connection,
+    pub guard: Guard,
+    pub files: Arc<VfsState>,
+    pub random: RandomSource,
+    pub fuse: Arc<Fuse>,
+    /// Set when a row with the highest rowid was written.
+    pub highest_rowid_used: Arc<AtomicBool>,
+    pub known: RefCell<KnownStatements>,
+    changes_base: Arc<AtomicU64>,
+    foreign_keys: Cell<bool>,
+    // Declared last, so dropped last: it must outlive the connection.
+    _vfs: WriterVfs,
+}
+
+impl Writer {
+    /// Opens or creates the database. `checkpoint_pages`: how long the WAL grows before a commit
+    /// writes it back.
+    pub fn open(path: &Path, checkpoint_pages: u32) -> rusqlite::Result<Self> {
+        sqlite_ffi::make_local_time_utc();
+        let vfs = WriterVfs::register()
+            .ok_or_else(|| Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_NOMEM), None))?;
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+            | OpenFlags::SQLITE_OPEN_CREATE
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX
+            | OpenFlags::SQLITE_OPEN_PRIVATE_CACHE;
+        let connection = Connection::open_with_flags_and_vfs(path, flags, vfs.name())?;
+        configure(&connection)?;
+        connection.execute_batch(&format!(
+            "PRAGMA page_size = 4096;
+             PRAGMA encoding = 'UTF-8';
+             PRAGMA auto_vacuum = NONE;
+             PRAGMA journal_mode = WAL;
+             PRAGMA synchronous = NORMAL;
+             PRAGMA wal_autocheckpoint = {checkpoint_pages};
+             PRAGMA journal_size_limit = 67108864;
+             PRAGMA analysis_limit = 0;
+             PRAGMA recursive_triggers = OFF;
+             PRAGMA automatic_index = ON;
+             PRAGMA foreign_keys = ON;"
+        ))?;
+        let guard = Guard::install(&connection, Role::Writer)?;
+        let random = RandomSource::install(&connection, i64::from(MAX_VALUE_BYTES))?;
+        let changes_base = Arc::default();
+        sqlite_ffi::count_changes_from(&connection, Arc::clone(&changes_base))?;
+        let writer = Self {
+            guard,
+            files: Arc::clone(vfs.state()),
+            random,
+            fuse: Fuse::install(&connection)?,
+            highest_rowid_used: watch_rowids(&connection)?,
+            known: RefCell::default(),
+            changes_base,
+            foreign_keys: Cell::new(true),
+            connection,
+            _vfs: vfs,
+        };
+        writer.guard.learn_virtual_tables(&writer.connection)?;
+        Ok(writer)
+    }
+
+    /// Makes everything fresh that one request could otherwise learn from another, or from its node.
+    pub fn begin_request(&self, timestamp_ms: u64, seed: &[u8]) {
+        self.files.set_time_ms(timestamp_ms);
+        self.random.set(Sequence::seeded(seed));
+        self.changes_base.store(self.connection.total_changes(), Ordering::Relaxed);
+        sqlite_ffi::set_last_insert_rowid(&self.connection, 0);
+    }
+
+    /// Turns the enforcement of foreign keys on or off. Only between transactions: SQLite ignores it within.
+    pub fn set_foreign_keys(&self, on: bool) -> rusqlite::Result<()> {
+        if self.foreign_keys.get() != on {
+            self.connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_FKEY, on)?;
+            self.foreign_keys.set(on);
+        }
+        Ok(())
+    }
+
+    /// Forgets all prepared statements. Due whenever the schema has changed: a cached statement would
+    /// notice after a few steps and start anew, so that its steps would differ from a restarted node's.
+    pub fn forget_statements(&self) {
+        self.connection.flush_prepared_statement_cache();
+    }
+
+    /// Reads the schema and the statistics again, as a restarted node does: ones that were rolled back, or
+    /// written by hand, would otherwise still choose this node's query plans.
+    pub fn reload_schema(&self) -> rusqlite::Result<()> {
+        self.connection.execute_batch("PRAGMA writable_schema = RESET")?;
+        self.forget_statements();
+        self.guard.learn_virtual_tables(&self.connection)
+    }
+}
+
+/// Notes when a row gets the highest rowid there is.
+fn watch_rowids(connection: &Connection) -> rusqlite::Result<Arc<AtomicBool>> {
+    let used = Arc::new(AtomicBool::new(false));
+    let noted = Arc::clone(&used);
+    connection.update_hook(Some(move |_, _: &str, _: &str, rowid: i64| {
+        if rowid == i64::MAX {
+            noted.store(true, Ordering::Relaxed);
+        }
+    }))?;
+    Ok(used)
+}
+
+/// Ends a statement that runs far too long. Only a fuse: how many steps it sees depends on the node.
+pub(crate) struct Fuse {
+    left: AtomicI64,
+    blown: AtomicBool,
+}
+
+impl Fuse {
+    fn install(connection: &Connection) -> rusqlite::Result<Arc<Self>> {
+        let fuse = Arc::new(Self { left: AtomicI64::new(i64::MAX), blown: AtomicBool::new(false) });
+        let shared = Arc::clone(&fuse);
+        let look = move || {
+            let left = shared.left.fetch_sub(i64::from(STEPS_PER_LOOK), Ordering::Relaxed);
+            let blown = left < i64::from(STEPS_PER_LOOK);
+            shared.blown.fetch_or(blown, Ordering::Relaxed);
+            blown
+        };
+        connection.progress_handler(STEPS_PER_LOOK, Some(look))?;
+        Ok(fuse)
+    }
+
+    /// Lets about so many steps pass from now on.
+    pub fn set(&self, steps: u64) {
+        self.left.store(i64::try_from(steps).unwrap_or(i64::MAX), Ordering::Relaxed);
+        self.blown.store(false, Ordering::Relaxed);
+    }
+
+    /// Lets everything pass.
+    pub fn remove(&self) {
+        self.left.store(i64::MAX, Ordering::Relaxed);
+    }
+
+    /// Whether it blew since it was set.
+    pub fn is_blown(&self) -> bool {
+        self.blown.load(Ordering::Relaxed)
+    }
+}
+
+/// What is known of statements that were seen before. A text that comes for the second time is worth
+/// keeping prepared; one that comes once, such as a line of a dump, is not.
+#[derive(Default)]
+pub(crate) struct KnownStatements {
+    young: HashMap<Box<str>, Arc<StatementFacts>>,
+    old: HashMap<Box<str>, Arc<StatementFacts>>,
+}
+
+impl KnownStatements {
+    /// Two generations of so many statements: what is not seen again while one fills up is forgotten.
+    const GENERATION: usize = 1_024;
+    /// Longer texts are seldom repeated and take room.
+    const MAX_BYTES: usize = 8 << 10;
+
+    /// What is known of this text.
+    pub fn get(&mut self, sql: &str) -> Option<Arc<StatementFacts>> {
+        if let Some(facts) = self.young.get(sql) {
+            return Some(Arc::clone(facts));
+        }
+        let facts = self.old.remove(sql)?;
+        self.insert(sql, Arc::clone(&facts));
+        Some(facts)
+    }
+
+    /// Remembers a text that is a single statement.
+    pub fn insert(&mut self, sql: &str, facts: Arc<StatementFacts>) {
+        if sql.len() > Self::MAX_BYTES {
+            return;
+        }
+        if self.young.len() >= Self::GENERATION {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(sql.into(), facts);
+    }
+}
