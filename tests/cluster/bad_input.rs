@@ -115,7 +115,7 @@ async fn invalid_utf8(cluster: &Cluster) -> Status {
     let mut raw = tonic::client::Grpc::new(endpoint.connect().await.unwrap());
     raw.ready().await.unwrap();
     let codec = resqlite::codec::MessageCodec::<RawQuery, resqlite::api::QueryResponse>::default();
-    let path = http::uri::PathAndQuery::from_static("/resqlite.v1.ReSqlite/Query");
+    let path = tonic::codegen::http::uri::PathAndQuery::from_static("/resqlite.v1.ReSqlite/Query");
     let request = tonic::Request::new(RawQuery { sql: vec![0xff, 0xfe] });
     match raw.server_streaming(request, path, codec).await {
         Err(status) => status,

@@ -184,7 +184,9 @@ impl Cluster {
         let mut children: Vec<Child> =
             self.nodes.iter_mut().flat_map(|node| [node.raftd.take(), node.sqlited.take()]).flatten().collect();
         children.iter_mut().for_each(|child| child.kill().unwrap());
-        children.iter_mut().for_each(|child| drop(child.wait().unwrap()));
+        for child in &mut children {
+            child.wait().unwrap();
+        }
     }
 
     /// Stops a daemon as systemd does, and returns whether it ended cleanly.
@@ -193,11 +195,6 @@ impl Cluster {
         let pid = child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
         child.wait().unwrap().success()
-    }
-
-    /// The process id of a daemon.
-    pub fn pid(&mut self, node: usize, daemon: Daemon) -> u32 {
-        self.slot(node, daemon).as_ref().expect("the daemon runs").id()
     }
 
     /// Where clients reach a node.

@@ -4,6 +4,8 @@
 //! program, on free loopback ports, in a directory of its own. Nothing is
 //! replaced by a stand-in. Waits are for conditions, with a deadline.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 mod bad_input;
 mod durability;
 mod harness;
