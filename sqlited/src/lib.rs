@@ -1,1 +1,290 @@
-//! x
+//! sqlited: executes the committed log on SQLite and answers clients.
+//!
+//! It owns one SQLite file. Data flows one way:
+//!
+//! ```text
+//! client ─▶ service ─▶ write_path ─▶ raft_link ──▶ raftd
+//!                                                    │ committed
+//! client ◀─ service ◀─ waiters ◀─ pipeline (apply) ◀─┘
+//!
+//! client ─▶ service ─▶ consistency (barrier, applied index) ─▶ reads ─▶ client
+//! ```
+//!
+//! The service side knows nothing of how an entry is executed; the execution
+//! core knows nothing of clients, of Raft and of time. They meet in
+//! [`pipeline`] (entries in, replies out) and [`reads`] (a connection).
+
+pub mod apply;
+pub mod classify;
+pub mod connection;
+pub mod consistency;
+pub mod deadline;
+pub mod determinism;
+pub mod errors;
+mod execute;
+pub mod facts;
+pub mod limits;
+pub mod pipeline;
+pub mod raft_link;
+pub mod reads;
+pub mod reload;
+pub mod run_request;
+pub mod script;
+pub mod service;
+pub mod sessions;
+pub mod sql_kind;
+pub mod sqlite_ffi;
+pub mod status;
+pub mod syntax;
+pub mod value;
+pub mod version;
+pub mod waiters;
+pub mod write_path;
+
+use std::{
+    fs, io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use resqlite::{
+    api::{self, re_sqlite_server::ReSqliteServer},
+    config::{Config, EXIT_CONFIG},
+    daemon::{self, Shutdown},
+};
+use tokio::{
+    net::TcpListener,
+    runtime,
+    time::{sleep, timeout},
+};
+use tonic::{
+    server::NamedService,
+    transport::{Server, server::TcpIncoming},
+};
+use tonic_health::pb::health_server::{Health, HealthServer};
+
+use crate::{
+    apply::{Applier, ApplyError},
+    consistency::ReadGate,
+    facts::Facts,
+    pipeline::{Pipeline, PipelineError},
+    raft_link::{DoesNotBelong, RaftLink},
+    reads::{Patience, Readers},
+    run_request::Runner,
+    service::{Service, ServiceParts},
+    status::StatusSource,
+    syntax::SyntaxCheck,
+    waiters::Waiters,
+    write_path::{WritePath, WriteSettings},
+};
+
+/// The database's file in the data directory.
+pub const DATABASE_FILE: &str = "resqlite.db";
+
+/// A client that is silent for so long is asked whether it is still there …
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// … and taken for dead after this.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Requests that one connection may have under way.
+const MAX_STREAMS_PER_CONNECTION: u32 = 4_096;
+
+/// Why sqlited ended.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The data directory cannot be used.
+    #[error("the data directory {path} cannot be used: {reason}")]
+    DataDir {
+        /// The directory.
+        path: String,
+        /// The operating system's words.
+        reason: io::Error,
+    },
+    /// The database cannot be opened.
+    #[error("the database cannot be opened: {0}")]
+    Open(ApplyError),
+    /// The database was written in another cluster.
+    #[error(
+        "the database belongs to cluster {database:016x}, the configuration describes {configured:016x}: \
+         a cluster's name and member ids cannot change under its data; \
+         to move data into another cluster, back it up, start with empty directories, and restore"
+    )]
+    OtherCluster {
+        /// Recorded in the database.
+        database: u64,
+        /// Of the configuration.
+        configured: u64,
+    },
+    /// Database and raftd have different histories.
+    #[error(transparent)]
+    DoesNotBelong(#[from] DoesNotBelong),
+    /// Nothing can be applied any more.
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    /// Something that a thread or a connection needs is not to be had.
+    #[error("cannot start: {0}")]
+    Start(String),
+    /// The listener failed.
+    #[error("the listener failed: {0}")]
+    Serve(#[from] tonic::transport::Error),
+}
+
+impl RunError {
+    /// The process's exit status: 78 when only the operator can help, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::OtherCluster { .. } | Self::DoesNotBelong(_) => EXIT_CONFIG,
+            _ => 1,
+        }
+    }
+}
+
+/// Runs the daemon until `shutdown`, or until it must not go on. Needs a
+/// runtime with timers; a current-thread one is the fastest.
+pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> Result<(), RunError> {
+    let database = prepare_data_dir(&config.sqlited.data_dir)?;
+    let applier = open(&database, &config)?;
+    let facts = Facts::new(applier.position().applied_index);
+    let readers =
+        Readers::start(&database, config.sqlited.readers, Patience::default(), &runtime::Handle::current());
+    let readers =
+        Arc::new(readers.map_err(|error| RunError::Start(format!("no thread for a reader: {error}")))?);
+    let pipeline = Pipeline::start(applier);
+    let mut pipeline = pipeline.map_err(|error| RunError::Start(format!("no thread to apply: {error}")))?;
+
+    let waiters = Waiters::new(limits::MAX_WRITES_WAITING);
+    let (link, keeper) = RaftLink::new(&config.raftd.socket, config.sqlited.max_request_bytes as usize);
+    // Triggered once requests that are under way at a stop have had their grace.
+    let abort = Shutdown::new();
+    let election_timeout = Duration::from_millis(config.cluster.election_timeout_ms);
+    let writes = WritePath::new(
+        link.clone(),
+        Arc::clone(&waiters),
+        facts.clone(),
+        write_settings(&config),
+        abort.clone(),
+    );
+    let runner = Runner {
+        writes: Arc::new(writes.map_err(|error| RunError::Start(format!("no entropy: {error}")))?),
+        readers: Arc::clone(&readers),
+        gate: ReadGate::new(link.clone(), facts.clone(), election_timeout, abort.clone()),
+    };
+    let service = Service::new(ServiceParts {
+        runner,
+        syntax: SyntaxCheck::new().map_err(|error| RunError::Start(error.to_string()))?,
+        status: StatusSource::new(&config, database, link.clone(), facts.clone()),
+        max_result_bytes: config.sqlited.max_result_bytes as usize,
+    });
+    let (reporter, health) = tonic_health::server::health_reporter();
+
+    daemon::notify_ready();
+    tracing::info!(
+        node = config.node_id,
+        cluster = config.cluster.name,
+        applied_index = facts.applied_index(),
+        "sqlited is up"
+    );
+    let result = tokio::select! {
+        served = serve(&config, listener, service, health, shutdown.clone()) => served,
+        () = limit_the_stop(&shutdown, &abort, &readers) => Ok(()),
+        error = keeper.run(config.cluster_id(), pipeline.handle(), pipeline.progress()) => Err(error.into()),
+        error = pipeline.deliver(&waiters, &facts) => Err(error.into()),
+        never = status::keep_health(reporter, link, facts.clone()) => match never {},
+        never = daemon::feed_watchdog() => match never {},
+    };
+    daemon::notify_stopping();
+    abort.trigger();
+    stop_threads(readers, pipeline).await;
+    tracing::info!("sqlited has stopped");
+    result
+}
+
+/// Makes the directory, readable to nobody else, and names the database in it.
+fn prepare_data_dir(path: &Path) -> Result<PathBuf, RunError> {
+    let unusable = |reason| RunError::DataDir { path: path.display().to_string(), reason };
+    fs::DirBuilder::new().recursive(true).mode(0o750).create(path).map_err(unusable)?;
+    Ok(path.join(DATABASE_FILE))
+}
+
+fn open(database: &Path, config: &Config) -> Result<Applier, RunError> {
+    let applier = Applier::open(database, Default::default()).map_err(RunError::Open)?;
+    let (recorded, configured) = (applier.position().cluster_id, config.cluster_id());
+    if recorded != 0 && recorded != configured {
+        return Err(RunError::OtherCluster { database: recorded, configured });
+    }
+    Ok(applier)
+}
+
+fn write_settings(config: &Config) -> WriteSettings {
+    WriteSettings {
+        execution_version: version::execution_version(),
+        format: apply::REQUEST_FORMAT,
+        max_request_bytes: config.sqlited.max_request_bytes as usize,
+        step_budget: config.sqlited.step_budget,
+        result_limit_bytes: config.sqlited.max_result_bytes,
+        election_timeout: Duration::from_millis(config.cluster.election_timeout_ms),
+    }
+}
+
+/// Serves until `shutdown`, and then until the last request under way has ended.
+async fn serve(
+    config: &Config,
+    listener: TcpListener,
+    service: Service,
+    health: HealthServer<impl Health>,
+    shutdown: Shutdown,
+) -> Result<(), RunError> {
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(api::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // The other services of our protos are not served here.
+            .with_service_name(<ReSqliteServer<Service> as NamedService>::NAME)
+            .with_service_name("grpc.health.v1.Health")
+    };
+    let unreflected = |error| RunError::Start(format!("no reflection: {error}"));
+    let request_bytes = config.sqlited.max_request_bytes as usize + limits::MESSAGE_SLACK_BYTES;
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(Some(MAX_STREAMS_PER_CONNECTION))
+        .add_service(health)
+        .add_service(reflection().build_v1().map_err(unreflected)?)
+        .add_service(reflection().build_v1alpha().map_err(unreflected)?)
+        .add_service(
+            ReSqliteServer::new(service)
+                .max_decoding_message_size(request_bytes)
+                // What may be sent is bounded where it is made.
+                .max_encoding_message_size(usize::MAX),
+        )
+        .serve_with_incoming_shutdown(incoming, async move { shutdown.wait().await })
+        .await?;
+    Ok(())
+}
+
+/// Returns when a stop has taken as long as it may.
+async fn limit_the_stop(shutdown: &Shutdown, abort: &Shutdown, readers: &Readers) {
+    shutdown.wait().await;
+    daemon::notify_stopping();
+    tracing::info!("stopping: requests under way may end");
+    sleep(limits::STOP_GRACE).await;
+    abort.trigger();
+    readers.stop();
+    // For the last words to be sent.
+    sleep(limits::STOP_LAST_WORDS).await;
+}
+
+/// Lets the threads finish what they are at and close the database, for a bounded time.
+async fn stop_threads(readers: Arc<Readers>, pipeline: Pipeline) {
+    let stopped = tokio::task::spawn_blocking(move || {
+        readers.stop();
+        readers.join();
+        pipeline.stop();
+    });
+    if timeout(limits::STOP_JOIN, stopped).await.is_err() {
+        // Nothing is lost: the database is as after a crash, and the log has what it lacks.
+        tracing::warn!("a thread is still at work; leaving all the same");
+    }
+}

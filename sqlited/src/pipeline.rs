@@ -1,0 +1,386 @@
+//! From the followed log to replies: the thread that applies, and the one that
+//! makes what was applied durable.
+//!
+//! The applying thread takes all that has come in, applies it in one go, and
+//! hands the replies to the runtime in one message. Entries that wait are
+//! bounded in bytes; beyond that the link stops reading and HTTP/2's flow
+//! control makes raftd wait. It knows nothing of clients and of SQL.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc as blocking,
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use prost::Message;
+use resqlite::api::LogEntry;
+use rusqlite::InterruptHandle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+
+use crate::{
+    apply::{Applied, Applier, ApplyError, Durability, Position},
+    facts::Facts,
+    limits::{APPLY_GROUP_BYTES, DURABLE_EVERY, DURABLE_EVERY_ENTRIES, FOLLOW_QUEUE_BYTES},
+    waiters::Waiters,
+};
+
+/// The first pause before a failed apply is tried again; doubled up to the second.
+const MIN_RETRY: Duration = Duration::from_millis(100);
+const MAX_RETRY: Duration = Duration::from_secs(5);
+/// So many groups of replies may wait for the runtime.
+const GROUPS_WAITING: usize = 16;
+
+/// How far the database is, and how much of that survives a power cut.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// The last applied entry.
+    pub applied_index: u64,
+    /// The last entry that is durably applied: raftd may discard its log up to here.
+    pub durable_index: u64,
+}
+
+/// What the link hands in. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    commands: blocking::Sender<Command>,
+    room: Arc<Semaphore>,
+}
+
+#[derive(Debug)]
+enum Command {
+    /// The database joins this cluster.
+    Bind(u64),
+    Apply(Queued),
+    /// Where the database stands once everything before this is applied.
+    Position(oneshot::Sender<Position>),
+}
+
+/// Entries, and the room that they take in the queue until they are applied.
+#[derive(Debug)]
+struct Queued {
+    entries: Vec<LogEntry>,
+    bytes: usize,
+    _room: OwnedSemaphorePermit,
+}
+
+impl Handle {
+    /// Queues entries; waits while the queue is full.
+    pub async fn apply(&self, entries: Vec<LogEntry>) {
+        let bytes: usize = entries.iter().map(Message::encoded_len).sum();
+        // More than the whole queue would wait for ever; it goes in once the queue is empty.
+        let room = bytes.min(FOLLOW_QUEUE_BYTES) as u32;
+        let Ok(room) = Arc::clone(&self.room).acquire_many_owned(room).await else { return };
+        self.send(Command::Apply(Queued { entries, bytes, _room: room }));
+    }
+
+    /// Binds a database that has not yet belonged to a cluster.
+    pub fn bind(&self, cluster_id: u64) {
+        self.send(Command::Bind(cluster_id));
+    }
+
+    /// Where the database stands once all that was queued is applied. None: the pipeline has ended.
+    pub async fn position(&self) -> Option<Position> {
+        let (answer, position) = oneshot::channel();
+        self.send(Command::Position(answer));
+        position.await.ok()
+    }
+
+    fn send(&self, command: Command) {
+        // Only an ended pipeline takes nothing more, and its end ends the daemon.
+        drop(self.commands.send(command));
+    }
+}
+
+/// What the threads tell the runtime.
+#[derive(Debug)]
+enum Event {
+    Applied { applied: Vec<Applied>, index: u64 },
+    Unhealthy(String),
+    Failed(PipelineError),
+}
+
+/// The threads, seen from the runtime.
+pub struct Pipeline {
+    handle: Handle,
+    events: mpsc::Receiver<Event>,
+    progress: watch::Receiver<Progress>,
+    stop: Arc<AtomicBool>,
+    interrupt: InterruptHandle,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// Why nothing is applied any more.
+#[derive(Debug, thiserror::Error)]
+pub enum PipelineError {
+    /// An entry could not be applied, and going on is no use.
+    #[error(transparent)]
+    Apply(ApplyError),
+    /// What was applied could not be made durable. No later sync of the file could be trusted.
+    #[error("cannot sync the write-ahead log: {0}: check the disk, then start sqlited again")]
+    Sync(io::Error),
+    /// A defect of ours: the thread's own last words are in the log.
+    #[error("the applying thread has ended unexpectedly")]
+    Ended,
+}
+
+impl Pipeline {
+    /// Starts the threads on an open database.
+    pub fn start(applier: Applier) -> io::Result<Self> {
+        let (commands, queue) = blocking::channel();
+        let (events, event_receiver) = mpsc::channel(GROUPS_WAITING);
+        let index = applier.position().applied_index;
+        // What the last run left behind is durable once the first sync says so, not before.
+        let (publish, progress) = watch::channel(Progress { applied_index: index, durable_index: 0 });
+        let (applied, to_sync) = blocking::channel();
+        let stop = Arc::new(AtomicBool::new(false));
+
+        let syncer = Syncer { wal: applier.durability(), applied: to_sync, publish, events: events.clone() };
+        let interrupt = applier.interrupt_handle();
+        let worker = Worker { applier, queue, events, applied, stop: Arc::clone(&stop) };
+        let threads = vec![
+            thread::Builder::new().name("apply".into()).spawn(move || worker.run())?,
+            thread::Builder::new().name("wal-sync".into()).spawn(move || syncer.run())?,
+        ];
+        let room = Arc::new(Semaphore::new(FOLLOW_QUEUE_BYTES));
+        Ok(Self {
+            handle: Handle { commands, room },
+            events: event_receiver,
+            progress,
+            stop,
+            interrupt,
+            threads,
+        })
+    }
+
+    /// For the link.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// For the reports to raftd: news whenever more has become durable.
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.clone()
+    }
+
+    /// Hands out replies and news until the pipeline fails.
+    pub async fn deliver(&mut self, waiters: &Waiters, facts: &Facts) -> PipelineError {
+        while let Some(event) = self.events.recv().await {
+            match event {
+                Event::Applied { applied, index } => {
+                    for Applied { client_id, sequence, reply, .. } in &applied {
+                        waiters.complete((*client_id, *sequence), reply);
+                    }
+                    // After the replies: who sees the index and finds no reply knows that none will come.
+                    facts.publish_applied(index);
+                    facts.publish_health(None);
+                }
+                Event::Unhealthy(why) => facts.publish_health(Some(why)),
+                Event::Failed(error) => return error,
+            }
+        }
+        PipelineError::Ended
+    }
+
+    /// Ends the threads. Every other [`Handle`] must be gone. Blocks.
+    pub fn stop(self) {
+        let Self { handle, events, threads, stop, interrupt, .. } = self;
+        stop.store(true, Ordering::Release);
+        drop((handle, events));
+        // What is interrupted is rolled back, and applied after the next start.
+        interrupt.interrupt();
+        for thread in threads {
+            thread.thread().unpark();
+            if thread.join().is_err() {
+                tracing::error!("a thread of the pipeline panicked");
+            }
+        }
+    }
+}
+
+/// What to do about a failed apply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Remedy {
+    /// It may pass: a full disk, a lock, want of memory.
+    Retry,
+    /// Only an operator can help, and until then this process can at least say so.
+    Wait,
+    /// Nothing that this process holds can be trusted any more.
+    Exit,
+}
+
+fn remedy(error: &ApplyError) -> Remedy {
+    match error {
+        error if error.is_retryable() => Remedy::Retry,
+        ApplyError::UnknownFormat { .. }
+        | ApplyError::ForeignExecutionVersion { .. }
+        | ApplyError::CorruptPayload { .. } => Remedy::Wait,
+        ApplyError::Environment { .. }
+        | ApplyError::Open { .. }
+        | ApplyError::ForeignCluster { .. }
+        | ApplyError::Gap { .. } => Remedy::Exit,
+    }
+}
+
+/// The applying thread.
+struct Worker {
+    applier: Applier,
+    queue: blocking::Receiver<Command>,
+    events: mpsc::Sender<Event>,
+    applied: blocking::Sender<u64>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let mut next = None;
+        while let Some(command) = next.take().or_else(|| self.queue.recv().ok()) {
+            let done = match command {
+                Command::Position(answer) => {
+                    // Who asked may have given up.
+                    let _ = answer.send(self.applier.position());
+                    Ok(())
+                }
+                Command::Bind(cluster_id) => self.applier.bind_cluster(cluster_id),
+                Command::Apply(first) => {
+                    let (group, after) = self.gather(first);
+                    next = after;
+                    self.apply(group)
+                }
+            };
+            if let Err(error) = done {
+                self.tell(Event::Failed(PipelineError::Apply(error)));
+                return;
+            }
+            if self.stopping() {
+                return;
+            }
+        }
+    }
+
+    /// All that has come in, up to a bound, and the command that follows it.
+    fn gather(&self, first: Queued) -> (Vec<Queued>, Option<Command>) {
+        let mut bytes = first.bytes;
+        let mut group = vec![first];
+        while bytes < APPLY_GROUP_BYTES {
+            match self.queue.try_recv() {
+                Ok(Command::Apply(queued)) => {
+                    bytes += queued.bytes;
+                    group.push(queued);
+                }
+                Ok(other) => return (group, Some(other)),
+                Err(_) => break,
+            }
+        }
+        (group, None)
+    }
+
+    /// Applies a group, again and again if need be. Returns early when the daemon stops.
+    fn apply(&mut self, mut group: Vec<Queued>) -> Result<(), ApplyError> {
+        let entries: Vec<LogEntry> = group.iter_mut().flat_map(|queued| queued.entries.drain(..)).collect();
+        let mut pause = MIN_RETRY;
+        loop {
+            let before = self.applier.position().applied_index;
+            let left = entries.partition_point(|entry| entry.index <= before);
+            let mut applied = Vec::new();
+            let result = self.applier.apply(&entries[left..], &mut applied);
+            let index = self.applier.position().applied_index;
+            if index > before {
+                pause = MIN_RETRY;
+                self.tell(Event::Applied { applied, index });
+                // The syncing thread only ends before us when it has failed, and has said so.
+                let _ = self.applied.send(index);
+            }
+            let Err(error) = result else { return Ok(()) };
+            if self.stopping() {
+                return Ok(());
+            }
+            self.wait_for_remedy(error, &mut pause)?;
+            if self.stopping() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn wait_for_remedy(&self, error: ApplyError, pause: &mut Duration) -> Result<(), ApplyError> {
+        match remedy(&error) {
+            Remedy::Exit => return Err(error),
+            Remedy::Retry => {
+                tracing::error!(%error, retry_ms = pause.as_millis() as u64, "cannot apply; trying again");
+                self.tell(Event::Unhealthy(error.to_string()));
+                thread::park_timeout(*pause);
+                *pause = (*pause * 2).min(MAX_RETRY);
+            }
+            Remedy::Wait => {
+                tracing::error!(%error, "cannot apply; waiting for the operator");
+                self.tell(Event::Unhealthy(error.to_string()));
+                while !self.stopping() {
+                    thread::park();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn tell(&self, event: Event) {
+        // The runtime only stops listening when the daemon stops.
+        drop(self.events.blocking_send(event));
+    }
+
+    fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+}
+
+/// The thread that makes durable what was applied, off the path of replies.
+struct Syncer {
+    wal: Durability,
+    applied: blocking::Receiver<u64>,
+    publish: watch::Sender<Progress>,
+    events: mpsc::Sender<Event>,
+}
+
+impl Syncer {
+    fn run(self) {
+        let mut durable_index = 0;
+        while let Ok(first) = self.applied.recv() {
+            let enough = durable_index + DURABLE_EVERY_ENTRIES;
+            let mut applied_index = first;
+            let until = Instant::now() + DURABLE_EVERY;
+            while applied_index < enough
+                && let Ok(more) = self.applied.recv_timeout(until.saturating_duration_since(Instant::now()))
+            {
+                applied_index = more;
+            }
+            durable_index = match self.wal.sync() {
+                Ok(index) => index,
+                Err(error) => {
+                    drop(self.events.blocking_send(Event::Failed(PipelineError::Sync(error))));
+                    return;
+                }
+            };
+            self.publish
+                .send_replace(Progress { applied_index: applied_index.max(durable_index), durable_index });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rusqlite::ffi;
+
+    #[test]
+    fn what_may_pass_is_tried_again_and_what_cannot_be_trusted_is_not() {
+        let environment = |code| ApplyError::Environment { index: 7, code, message: String::new() };
+        assert_eq!(remedy(&environment(ffi::SQLITE_FULL)), Remedy::Retry);
+        assert_eq!(remedy(&environment(ffi::SQLITE_IOERR_FSYNC)), Remedy::Exit);
+        assert_eq!(remedy(&environment(ffi::SQLITE_CORRUPT)), Remedy::Exit);
+        assert_eq!(remedy(&ApplyError::UnknownFormat { index: 1, format: 9 }), Remedy::Wait);
+        assert_eq!(remedy(&ApplyError::Gap { expected: 1, got: 3 }), Remedy::Exit);
+    }
+}
