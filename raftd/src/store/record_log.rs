@@ -23,7 +23,11 @@ use super::{
 const SYNC_BYTES: usize = 1 << 20;
 
 /// How many keys are removed before sled is flushed: one large removal kept every touched page in memory.
-pub(super) const REMOVE_BATCH: usize = 256;
+const REMOVE_BATCH: usize = 256;
+
+/// How many keys a compaction removes at a time, about a millisecond's work: a write that comes meanwhile waits no
+/// longer. It is more than the largest group commit adds, so that compaction keeps up.
+const DISCARD_BATCH: usize = 32;
 
 /// An index that the log durably reaches, with the term there. Two logs that agree on both are equal up to there
 /// (Raft paper, section 5.3, the Log Matching property), so a stale log cannot pass for the one that was marked.
@@ -225,7 +229,7 @@ impl RecordLog {
             return Ok(false);
         }
         let keep = self.first_kept()?;
-        for _ in 0..REMOVE_BATCH {
+        for _ in 0..DISCARD_BATCH {
             let Some(first) = self.store.first_key()?.filter(|key| *key < keep) else {
                 self.discarding = false;
                 break;

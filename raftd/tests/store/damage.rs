@@ -9,7 +9,7 @@ use std::{
 use raft::{Entry, HardState};
 use raftd::store::{ReadError, Store, StoreError};
 
-use crate::support::{copy_dir, filled_and_killed, options, whole_log};
+use crate::support::{Running, copy_dir, entry, filled, filled_and_killed, options, whole_log};
 
 /// What came of a start on changed bytes.
 #[derive(Debug, PartialEq, Eq)]
@@ -60,19 +60,27 @@ impl Random {
     }
 }
 
+/// Flips one byte of a small store, as a killed process left it, again and again.
 fn flips(name: &str, count: u64, seed: u64) -> (u64, u64) {
     let dir = tempfile::tempdir().unwrap();
     let (data_dir, log) = filled_and_killed(dir.path());
+    flips_in(&data_dir, &log, name, count, seed)
+}
+
+fn flips_in(data_dir: &Path, log: &[Entry], name: &str, count: u64, seed: u64) -> (u64, u64) {
     let hard_state = HardState { term: 3, voted_for: Some(2) };
     let occupied = occupied_bytes(&data_dir.join(name));
+    let unchanged = tempfile::tempdir().unwrap();
+    copy_dir(data_dir, unchanged.path());
+    assert_eq!(start(unchanged.path(), hard_state, log), Outcome::Harmless, "without damage it must start");
     let mut random = Random(seed);
     let (mut refused, mut harmless) = (0, 0);
     for _ in 0..count {
         let copy = tempfile::tempdir().unwrap();
-        copy_dir(&data_dir, copy.path());
+        copy_dir(data_dir, copy.path());
         let (at, bits) = (random.below(occupied), random.below(255) as u8 + 1);
         flip(&copy.path().join(name), at, bits);
-        match start(copy.path(), hard_state, &log) {
+        match start(copy.path(), hard_state, log) {
             Outcome::Refused => refused += 1,
             Outcome::Harmless => harmless += 1,
         }
@@ -94,6 +102,29 @@ fn a_flipped_byte_in_sleds_configuration_is_detected_or_harmless() {
 #[test]
 fn a_flipped_byte_in_the_hard_state_is_harmless() {
     assert_eq!(flips("hard_state", 40, 3), (0, 40));
+}
+
+#[test]
+fn a_flipped_byte_in_an_old_log_of_many_segments_is_detected_or_harmless() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data_dir, mut log) = filled(dir.path());
+    // Opened again, so that there is a snapshot of sled's, and filled beyond it; stopped, so that nothing is torn.
+    for round in 0..2 {
+        let mut store = Running::open(&data_dir).unwrap();
+        for index in 204 + round * 300..504 + round * 300 {
+            log.push(entry(index, 3, 20_000));
+            store.append(vec![entry(index, 3, 20_000)]);
+            store.settle();
+        }
+        store.stop();
+    }
+    let segments = fs::metadata(data_dir.join("log/db")).unwrap().len() >> 23;
+    assert!(segments >= 3, "{segments} segments");
+    flips_in(&data_dir, &log, "log/db", 15, 5);
+    let snapshots = fs::read_dir(data_dir.join("log")).unwrap().map(|item| item.unwrap().file_name());
+    let snapshot =
+        snapshots.map(|name| name.into_string().unwrap()).find(|name| name.starts_with("snap.")).unwrap();
+    flips_in(&data_dir, &log, &format!("log/{snapshot}"), 10, 6);
 }
 
 #[test]
