@@ -149,6 +149,8 @@ async fn own(
     reports: mpsc::UnboundedSender<Death>,
     mut death: Death,
 ) {
+    // `wait` would close it, and the daemon would stop.
+    let _held_open = child.stdin.take();
     tokio::select! {
         ended = child.wait() => {
             death.status = ended.map_or_else(|error| error.to_string(), |status: ExitStatus| status.to_string());
