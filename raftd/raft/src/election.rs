@@ -127,7 +127,7 @@ impl Node {
         let own = self.log.last();
         let up_to_date = (last.term, last.index) >= (own.term, own.index);
         if pre_vote {
-            let granted = up_to_date && term > self.hard_state.term;
+            let granted = up_to_date && term > self.hard_state.term && !self.goes_before(from, last);
             let answer_term = if granted { term } else { self.hard_state.term };
             self.send_in_term(from, answer_term, Body::VoteResponse { pre_vote, granted });
             return;
@@ -142,6 +142,17 @@ impl Node {
             self.reset_election_timer();
         }
         self.send(from, Body::VoteResponse { pre_vote, granted });
+    }
+
+    /// Two nodes that ask for pre-votes in the same tick would grant each other's, and then split the votes. Of two
+    /// equal logs, the higher id goes first; but only in that tick, so that a node that cannot win stands in nobody's
+    /// way.
+    fn goes_before(&self, rival: NodeId, rival_last: Position) -> bool {
+        let own = self.log.last();
+        matches!(self.state, State::PreCandidate(_))
+            && self.election_elapsed == 0
+            && (own.term, own.index) == (rival_last.term, rival_last.index)
+            && self.options.id > rival
     }
 
     /// A living leader was heard within the shortest election timeout. A leader is its own witness until its quorum

@@ -1,5 +1,6 @@
 //! The simulation: nodes, disks, a network and clients, driven by one seed.
 
+mod failover;
 mod oracle;
 
 use std::collections::{BTreeMap, BTreeSet};
