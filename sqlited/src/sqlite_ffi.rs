@@ -182,7 +182,8 @@ impl Drop for WriterVfs {
 }
 
 /// The head of an open file; the file of the VFS below follows it in the same allocation.
-#[repr(C, align(16))]
+// SQLite aligns it to 8 bytes (pager.c rounds every part of its allocation so), and no more may be asked for.
+#[repr(C)]
 struct ShimFile {
     base: sqlite3_file,
     state: *const VfsState,
