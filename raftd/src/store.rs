@@ -27,7 +27,7 @@ mod term_runs;
 mod writer;
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -224,12 +224,18 @@ impl StoreHandle {
     }
 }
 
+/// Makes the directory, durable with every directory above it that is new.
 fn make_dir(dir: &Path) -> Result<(), StoreError> {
     if dir.is_dir() {
         return Ok(());
     }
-    fs::create_dir_all(dir).map_err(StoreError::io(dir, "create the data directory"))?;
     let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    make_dir(parent)?;
+    match fs::create_dir(dir) {
+        // Another process was quicker; the lock tells which of the two goes on.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => {}
+        made => made.map_err(StoreError::io(dir, "create the directory"))?,
+    }
     sync_dir(parent).map_err(StoreError::io(parent, "sync the directory"))
 }
 

@@ -200,8 +200,8 @@ impl Window {
 
     fn truncate(&mut self, from: Index) {
         self.generation += 1;
-        while let Some(entry) = self.entries.pop_back_if(|entry| entry.index >= from) {
-            self.entries_bytes -= entry.size_bytes();
+        while self.entries.back().is_some_and(|entry| entry.index >= from) {
+            self.entries_bytes -= self.entries.pop_back().map_or(0, |entry| entry.size_bytes());
         }
         self.terms.truncate(from);
         self.last_index = from - 1;
@@ -227,8 +227,8 @@ impl Window {
                 base.index <= self.last_index,
                 "the log does not hold the entry that it should be compacted to"
             );
-            while let Some(entry) = self.entries.pop_front_if(|entry| entry.index <= base.index) {
-                self.entries_bytes -= entry.size_bytes();
+            while self.entries.front().is_some_and(|entry| entry.index <= base.index) {
+                self.pop_front();
             }
             self.terms.discard(base.index);
         } else {
@@ -246,7 +246,8 @@ impl Window {
 
     /// Every write up to this number is durable.
     pub(super) fn persisted(&mut self, number: u64) {
-        while let Some((_, last)) = self.writes.pop_front_if(|(written, _)| *written <= number) {
+        while let Some((_, last)) = self.writes.front().copied().filter(|(written, _)| *written <= number) {
+            self.writes.pop_front();
             self.durable_index = self.durable_index.max(last);
         }
         self.evict();
@@ -254,9 +255,13 @@ impl Window {
 
     fn evict(&mut self) {
         while self.entries_bytes > self.max_bytes
-            && let Some(entry) = self.entries.pop_front_if(|entry| entry.index <= self.durable_index)
+            && self.entries.front().is_some_and(|entry| entry.index <= self.durable_index)
         {
-            self.entries_bytes -= entry.size_bytes();
+            self.pop_front();
         }
+    }
+
+    fn pop_front(&mut self) {
+        self.entries_bytes -= self.entries.pop_front().map_or(0, |entry| entry.size_bytes());
     }
 }
