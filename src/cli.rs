@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use self::{
     input::Input,
@@ -79,6 +79,11 @@ struct ShellArguments {
     /// Run the SQL in this file; may be repeated, after every -c
     #[arg(short, value_name = "FILE")]
     file: Vec<PathBuf>,
+}
+
+/// What `resqlite` understands: manual pages and completions are made from it.
+pub fn command() -> clap::Command {
+    Arguments::command()
 }
 
 /// The whole program: parses the arguments, does it, and says how it went.

@@ -12,6 +12,7 @@
 //!                              store (log writer thread, sled)
 //! ```
 
+pub mod arguments;
 pub mod compaction;
 pub mod convert;
 pub mod driver;

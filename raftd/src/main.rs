@@ -1,34 +1,14 @@
 //! The raftd program: reads the configuration, binds the listeners, runs the daemon.
 
-use std::{
-    fs, io,
-    os::unix::net::UnixStream,
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::{fs, io, os::unix::net::UnixStream, path::Path, process::ExitCode};
 
 use clap::Parser;
-use raftd::Listeners;
+use raftd::{Listeners, arguments::Arguments};
 use resqlite::{
-    config::{Config, DEFAULT_PATH, EXIT_CONFIG},
+    config::{Config, EXIT_CONFIG},
     daemon::{self, Shutdown},
 };
 use tokio::net::{TcpListener, UnixListener};
-
-/// The consensus daemon of ReSqlite.
-#[derive(Parser)]
-#[command(name = "raftd", version)]
-struct Arguments {
-    /// The configuration file, shared with sqlited.
-    #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
-    config: PathBuf,
-    /// Check the configuration and exit.
-    #[arg(long)]
-    check: bool,
-    /// Stop when standard input ends.
-    #[arg(long)]
-    stop_with_stdin: bool,
-}
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();

@@ -15,6 +15,7 @@
 //! [`pipeline`] (entries in, replies out) and [`reads`] (a connection).
 
 pub mod apply;
+pub mod arguments;
 pub mod classify;
 pub mod connection;
 pub mod consistency;

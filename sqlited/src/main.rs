@@ -1,28 +1,14 @@
 //! The `sqlited` program: arguments, configuration, a listener; then the library runs.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::process::ExitCode;
 
 use clap::Parser;
 use resqlite::{
     config::{self, Config},
     daemon::{self, Shutdown},
 };
+use sqlited::arguments::Arguments;
 use tokio::{net::TcpListener, runtime};
-
-/// The SQL daemon of ReSqlite: executes the committed log on SQLite and answers clients.
-#[derive(Debug, Parser)]
-#[command(version)]
-struct Arguments {
-    /// The configuration file, the same for both daemons.
-    #[arg(long, default_value = config::DEFAULT_PATH)]
-    config: PathBuf,
-    /// Check the configuration and exit.
-    #[arg(long)]
-    check: bool,
-    /// Stop cleanly when stdin ends: whoever started this process is gone then.
-    #[arg(long)]
-    stop_with_stdin: bool,
-}
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();

@@ -1,0 +1,21 @@
+//! What sqlited understands on its command line; its manual page is made from this, too.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use resqlite::config::DEFAULT_PATH;
+
+/// The SQL daemon of ReSqlite: executes the committed log on SQLite and answers clients.
+#[derive(Debug, Parser)]
+#[command(name = "sqlited", version)]
+pub struct Arguments {
+    /// The configuration file, shared with raftd.
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
+    pub config: PathBuf,
+    /// Check the configuration and exit.
+    #[arg(long)]
+    pub check: bool,
+    /// Stop when standard input ends: whoever started this process is gone then.
+    #[arg(long)]
+    pub stop_with_stdin: bool,
+}
