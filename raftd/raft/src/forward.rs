@@ -4,7 +4,7 @@
 //! is dropped at once with the reason. A forwarded batch whose answer does not
 //! come is *unknown*, which is not the same as dropped: it may still commit.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 
@@ -58,15 +58,24 @@ impl Forwarded {
     }
 }
 
-/// Whether a peer's batch has not been taken before. Batches of one life of a peer are numbered upward; a new life
-/// begins somewhere else.
-fn is_new(seen: &mut BTreeMap<NodeId, u64>, peer: NodeId, id: u64) -> bool {
-    match seen.insert(peer, id) {
-        Some(last) if last >> 32 == id >> 32 && last >= id => {
-            seen.insert(peer, last);
-            false
+/// How many lives of a peer are remembered: a copy would have to be delayed over this many restarts to pass as new.
+const REMEMBERED_LIVES: usize = 16;
+
+/// Which batches of a peer this leader has taken: of each of the peer's lives, most recently heard last, the highest id.
+/// Ids rise within a life, and no order is known among lives, so each life is remembered by itself.
+#[derive(Debug, Default)]
+pub(crate) struct TakenBatches(VecDeque<u64>);
+
+impl TakenBatches {
+    /// Notes a batch; false if it, or a later one of that life, has been taken before.
+    fn is_new(&mut self, id: u64) -> bool {
+        let same_life = self.0.iter().position(|last| last >> 32 == id >> 32);
+        let last = same_life.and_then(|position| self.0.remove(position));
+        if self.0.len() == REMEMBERED_LIVES {
+            self.0.pop_front();
         }
-        Some(_) | None => true,
+        self.0.push_back(last.map_or(id, |last| last.max(id)));
+        last.is_none_or(|last| id > last)
     }
 }
 
@@ -125,7 +134,7 @@ impl Node {
         // Whoever is asked in its own term once led that term. If it no longer does, it may have taken a first copy of
         // this batch before it stepped down: it cannot say "dropped", so it says nothing.
         let State::Leader(leader) = &mut self.state else { return };
-        if !is_new(&mut leader.forwarded_by, from, batch_id) {
+        if !leader.taken.entry(from).or_default().is_new(batch_id) {
             // The first copy has been answered. An answer to this one could only contradict it.
             return;
         }

@@ -10,6 +10,7 @@ use bytes::Bytes;
 
 use crate::{
     error::{LogError, Malformed, StepError},
+    forward::TakenBatches,
     log::RaftLog,
     message::{Append, AppendResponse, Appended, Body, Message},
     node::{Node, State},
@@ -29,8 +30,8 @@ pub(crate) struct Leader {
     pub(crate) first_index: Index,
     pub(crate) reads: Reads,
     pub(crate) transfer: Option<Transfer>,
-    /// Which batch of which life of a peer was taken last: nothing is taken twice.
-    pub(crate) forwarded_by: BTreeMap<NodeId, u64>,
+    /// Which forwarded batches were taken: none is taken twice.
+    pub(crate) taken: BTreeMap<NodeId, TakenBatches>,
     uncommitted: Uncommitted,
     heartbeat_elapsed: u32,
 }
@@ -50,7 +51,7 @@ impl Leader {
             first_index: last.index + 1,
             reads: Reads::default(),
             transfer: None,
-            forwarded_by: BTreeMap::new(),
+            taken: BTreeMap::new(),
             uncommitted: Uncommitted::default(),
             heartbeat_elapsed: 0,
         }

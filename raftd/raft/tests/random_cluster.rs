@@ -20,7 +20,8 @@ fn run(seed: u64) {
 
 /// Seeds that once found a bug:
 /// 15532: a leader that had stepped down within its term called the second copy of a forwarded batch dropped.
-const REGRESSIONS: [u64; 1] = [15_532];
+/// 56721: a copy of a batch from an earlier life of a node made the leader forget what it had taken of the later one.
+const REGRESSIONS: [u64; 2] = [15_532, 56_721];
 
 #[test]
 fn seeds_that_once_failed() {
