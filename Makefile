@@ -4,7 +4,7 @@ CARGO   ?= cargo
 PROFILE ?= release
 BIN      = target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 
-.PHONY: playground test build check tools clean help
+.PHONY: playground test build check tools deb apt-repo clean help
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,12 @@ check: ## formatting and lints, as CI sees them
 
 tools: ## what the tests need beside Rust: sqlite3, strace, a Python with grpcio
 	@tests/install-tools
+
+deb: ## the Debian package, into target/deb
+	@packaging/build-deb $(REVISION)
+
+apt-repo: deb ## a signed apt repository with it, in target/apt
+	@packaging/build-apt-repo
 
 clean: ## removes what was built
 	$(CARGO) clean
