@@ -32,7 +32,7 @@
 //! Nothing here knows how a cluster replicates; it is all in the API.
 
 mod endpoints;
-mod error;
+pub(crate) mod error;
 mod ids;
 mod stream;
 mod value;

@@ -8,7 +8,7 @@ mod daemons;
 
 use std::{
     env, fs,
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener},
     os::unix::{ffi::OsStrExt, fs::DirBuilderExt},
     path::{self, Path, PathBuf},
@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use self::daemons::{Daemons, NodeFiles};
 use super::{connect, fail, format_of, render::Mode, run_stdin, shell::Shell};
@@ -28,6 +28,8 @@ const PORTS_APART: u16 = 10;
 const READY_WITHIN: Duration = Duration::from_secs(60);
 /// What `sockaddr_un` holds, without the NUL at its end (unix(7)).
 const MAX_SOCKET_PATH_BYTES: usize = 107;
+/// What a shell reports of a program that SIGINT ended.
+const EXIT_INTERRUPTED: u8 = 128 + 2;
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -124,23 +126,29 @@ impl Playground {
     }
 
     async fn run(&self, arguments: &Arguments) -> ExitCode {
+        let mut signals = match StopSignals::new() {
+            Ok(signals) => signals,
+            Err(error) => return fail(&format!("cannot handle signals: {error}")),
+        };
         let mut daemons = match Daemons::start(&self.nodes, &self.raftd, &self.sqlited) {
             Ok(daemons) => daemons,
             Err(message) => return fail(&message),
         };
-        let code = tokio::select! {
-            code = self.serve(arguments, &mut daemons) => code,
-            // A shell at a terminal has Ctrl-C for itself: it interrupts a query.
-            () = told_to_stop() => if arguments.keep { ExitCode::SUCCESS } else { ExitCode::from(130) },
-        };
+        let code = self.serve(arguments, &mut daemons, &mut signals).await;
         daemons.stop().await;
         code
     }
 
-    async fn serve(&self, arguments: &Arguments, daemons: &mut Daemons) -> ExitCode {
+    async fn serve(
+        &self,
+        arguments: &Arguments,
+        daemons: &mut Daemons,
+        signals: &mut StopSignals,
+    ) -> ExitCode {
         let ready = tokio::select! {
             ready = self.wait_until_ready() => ready,
             died = daemons.first_death() => Err(died),
+            () = signals.received(true) => return ExitCode::from(EXIT_INTERRUPTED),
         };
         if let Err(message) = ready {
             return fail(&message);
@@ -153,8 +161,18 @@ impl Playground {
             if let Err(error) = said {
                 return fail(&format!("cannot write to stdout: {error}"));
             }
-            return std::future::pending().await;
+            signals.received(true).await;
+            return ExitCode::SUCCESS;
         }
+        // A shell at a terminal has Ctrl-C for itself: it interrupts a query.
+        let interrupts = !io::stdin().is_terminal();
+        tokio::select! {
+            code = self.run_shell(arguments) => code,
+            () = signals.received(interrupts) => ExitCode::from(EXIT_INTERRUPTED),
+        }
+    }
+
+    async fn run_shell(&self, arguments: &Arguments) -> ExitCode {
         match connect(&self.endpoints).await {
             Ok(client) => run_stdin(Shell::new(client, format_of(arguments.mode, false))).await,
             Err(error) => fail(&error.to_string()),
@@ -178,19 +196,29 @@ impl Playground {
     }
 }
 
-/// Returns on SIGTERM, and on SIGINT if that is not for the shell.
-async fn told_to_stop() {
-    let interrupts = !io::IsTerminal::is_terminal(&io::stdin());
-    let (Ok(mut terminate), Ok(mut hang_up), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::hangup()), signal(SignalKind::interrupt()))
-    else {
-        // Without signal handling the signals end us, and the daemons end with us.
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = hang_up.recv() => {}
-        _ = interrupt.recv(), if interrupts => {}
+/// The signals that end a playground. One that arrives while nobody waits is not lost.
+struct StopSignals {
+    terminate: Signal,
+    hang_up: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Returns when one has arrived; SIGINT counts only if `interrupts`.
+    async fn received(&mut self, interrupts: bool) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.hang_up.recv() => {}
+            _ = self.interrupt.recv(), if interrupts => {}
+        }
     }
 }
 

@@ -323,3 +323,6 @@ fn progress_bar(length: u64) -> ProgressBar {
     let style = ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
     ProgressBar::new(length).with_style(style.expect("the template names only keys that indicatif knows"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -191,7 +191,7 @@ impl Attempts {
 
     fn give_up(&self, reason: &str) -> Error {
         let addresses: Vec<_> = self.endpoints.addresses().collect();
-        let message = format!("{reason} (asked {})", addresses.join(", "));
+        let message = format!("tried {}: {reason}", addresses.join(", "));
         match self.maybe_applied && self.changes_something {
             true => Error::OutcomeUnknown(message),
             false => Error::Unavailable(message),

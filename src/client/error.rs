@@ -129,26 +129,34 @@ impl From<Status> for Error {
 
 /// `google.rpc.Status`, the form of a gRPC status that can carry details.
 #[derive(Clone, PartialEq, Message)]
-pub(super) struct RpcStatus {
+struct RpcStatus {
     #[prost(int32, tag = "1")]
-    pub code: i32,
+    code: i32,
     #[prost(string, tag = "2")]
-    pub message: String,
+    message: String,
     #[prost(message, repeated, tag = "3")]
-    pub details: Vec<Any>,
+    details: Vec<Any>,
 }
 
 /// `google.protobuf.Any`.
 #[derive(Clone, PartialEq, Message)]
-pub(super) struct Any {
+struct Any {
     #[prost(string, tag = "1")]
-    pub type_url: String,
+    type_url: String,
     #[prost(bytes = "bytes", tag = "2")]
-    pub value: Bytes,
+    value: Bytes,
 }
 
 /// The type URL under which a [`SqlError`] travels.
-pub(super) const SQL_ERROR_TYPE_URL: &str = "type.googleapis.com/resqlite.v1.SqlError";
+const SQL_ERROR_TYPE_URL: &str = "type.googleapis.com/resqlite.v1.SqlError";
+
+/// A status that carries a [`SqlError`], as servers make it.
+#[cfg(test)]
+pub(crate) fn sql_status(code: Code, sql: &SqlError) -> Status {
+    let any = Any { type_url: SQL_ERROR_TYPE_URL.into(), value: sql.encode_to_vec().into() };
+    let details = RpcStatus { code: code.into(), message: sql.message.clone(), details: vec![any] };
+    Status::with_details(code, sql.message.clone(), details.encode_to_vec().into())
+}
 
 /// The [`SqlError`] among a status's details.
 fn sql_error(status: &Status) -> Option<SqlError> {

@@ -7,15 +7,11 @@ use std::{
     time::Instant,
 };
 
-use prost::Message;
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Code, Response};
 
-use super::{
-    error::{Any, RpcStatus, SQL_ERROR_TYPE_URL},
-    *,
-};
+use super::{error::sql_status, *};
 use crate::api::{
     NodeStatus, QueryResponse, RequestId, RunColumns, RunDone, RunEvent, RunResponse,
     re_sqlite_server::{ReSqlite, ReSqliteServer},
@@ -203,11 +199,6 @@ async fn an_sql_error_comes_with_its_details_and_is_final() {
         offset: -1,
         log_index: 7,
     };
-    let status = |code: Code| {
-        let any = Any { type_url: SQL_ERROR_TYPE_URL.into(), value: sql.encode_to_vec().into() };
-        let details = RpcStatus { code: code.into(), message: sql.message.clone(), details: vec![any] };
-        Status::with_details(code, sql.message.clone(), details.encode_to_vec().into())
-    };
     let codes = [
         Code::FailedPrecondition,
         Code::InvalidArgument,
@@ -215,7 +206,7 @@ async fn an_sql_error_comes_with_its_details_and_is_final() {
         Code::ResourceExhausted,
         Code::DeadlineExceeded,
     ];
-    told.execute_answers.lock().unwrap().extend(codes.map(|code| Err(status(code))));
+    told.execute_answers.lock().unwrap().extend(codes.map(|code| Err(sql_status(code, &sql))));
     let mut errors = Vec::new();
     for _ in codes {
         errors.push(client.execute("insert into t values(1)", ()).await.unwrap_err());

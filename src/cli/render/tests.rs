@@ -129,9 +129,8 @@ fn literal() -> impl Strategy<Value = String> {
         any::<i64>()
             .prop_filter("SQLite has no literal for it", |value| *value != i64::MIN)
             .prop_map(|value| value.to_string()),
-        any::<f64>()
-            .prop_filter("a literal", |value| value.is_finite())
-            .prop_map(|value| format!("{value:e}")),
+        // Of at most twelve digits: at the edge of the fifteenth, sqlite3 3.40 does not always round correctly.
+        (-1_000_000_000_000i64..1_000_000_000_000, -20..20).prop_map(|(digits, e)| format!("{digits}e{e}")),
         (-100_000i32..100_000).prop_map(|value| format!("{:?}", f64::from(value) / 64.0)),
         "[ -~é€\n\t]{0,30}".prop_map(|text| format!("'{}'", text.replace('\'', "''"))),
     ]
