@@ -236,6 +236,8 @@ enum Group {
     Committed(usize),
     /// The transaction is gone: execute it again, with this knowledge about its last entry.
     Lost { at: usize, statement: u32, remedy: execute::Remedy },
+    /// This entry has to be the first of a group.
+    Cut { at: usize },
 }
 
 /// Trouble with one entry of a group.
@@ -337,6 +339,11 @@ impl Applier {
                     }
                     remedies.insert(statement, remedy);
                     self.recover(items[at].entry.index)?;
+                }
+                Ok(Group::Cut { at }) => {
+                    remedies.clear();
+                    items.truncate(at);
+                    self.recover(items[at - 1].entry.index)?;
                 }
                 Err(trouble) => {
                     let index = items[trouble.at].entry.index;
@@ -446,11 +453,8 @@ impl Applier {
                     }
                 }
                 Err(Stop::Lost { statement, remedy }) => return Ok(Group::Lost { at, statement, remedy }),
-                // VACUUM runs between groups: now, if nothing was done yet, else at the next turn.
-                Err(Stop::Vacuum) if at > 0 => {
-                    self.sessions.reload(&self.writer.connection).map_err(trouble)?;
-                    break;
-                }
+                // VACUUM runs between groups.
+                Err(Stop::Vacuum) if at > 0 => return Ok(Group::Cut { at }),
                 Err(Stop::Vacuum) => {
                     own.rollback.raw_execute().map_err(trouble)?;
                     let (writer, sessions) = (&self.writer, &mut self.sessions);
@@ -467,6 +471,7 @@ impl Applier {
         self.sessions.save(&mut own.put_session, &mut own.delete_session).map_err(trouble)?;
         own.save_position(self.position.cluster_id, last).map_err(trouble)?;
         own.commit.raw_execute().map_err(trouble)?;
+        self.sessions.committed();
         self.position.applied_index = last.index;
         self.position.applied_term = last.term;
         self.position.applied_timestamp_ms = last.timestamp_ms;

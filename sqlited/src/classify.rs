@@ -119,7 +119,7 @@ pub fn is_malformed(error: &SqlError) -> bool {
     let message = error.message.as_str();
     error.extended_code & 0xff == ffi::SQLITE_TOOBIG
         || message == "incomplete input"
-        || message.ends_with(": syntax error")
+        || (message.starts_with("near \"") && message.ends_with("\": syntax error"))
         || message.starts_with("unrecognized token:")
         || message.starts_with("parser stack overflow")
 }

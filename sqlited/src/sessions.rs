@@ -160,16 +160,20 @@ impl Sessions {
         self.dirty.insert(client);
     }
 
-    /// Writes what was touched since the last call. `put` takes client id and state, `delete` a client id.
-    pub fn save(&mut self, put: &mut Statement<'_>, delete: &mut Statement<'_>) -> rusqlite::Result<()> {
+    /// Writes what was touched since [`Self::committed`]. `put` takes client id and state, `delete` a client id.
+    pub fn save(&self, put: &mut Statement<'_>, delete: &mut Statement<'_>) -> rusqlite::Result<()> {
         for client in &self.dirty {
             match self.sessions.get(client) {
                 Some(session) => put.execute((&client[..], encode(session)))?,
                 None => delete.execute((&client[..],))?,
             };
         }
-        self.dirty.clear();
         Ok(())
+    }
+
+    /// What was saved is committed: only now may the way back be forgotten.
+    pub fn committed(&mut self) {
+        self.dirty.clear();
     }
 
     /// Goes back to what the database holds.

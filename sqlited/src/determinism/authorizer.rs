@@ -245,7 +245,6 @@ impl State {
             "sqlite_schema" | "sqlite_master" => {
                 column.eq_ignore_ascii_case("rootpage") && !self.facts.drops_or_alters
             }
-            "sqlite_temp_schema" | "sqlite_temp_master" => true,
             name if NODE_LOCAL_TABLES.contains(&name) => true,
             name => match name.strip_prefix("pragma_") {
                 Some(pragma) => pragma::rule(pragma, None) != Rule::Read,
