@@ -179,7 +179,9 @@ async fn results_are_printed_in_order_and_a_script_is_one_request() {
 async fn an_error_names_its_line_and_ends_the_script() {
     let mut session = Session::start().await;
     let outcome = session.run("select 1;\n-- a comment\n\nselect *\n from missing;\nselect 2;").await;
-    assert_eq!(outcome, Err((4, "no such table: missing in select *\n from missing; at offset 15".into())));
+    let (line, message) = outcome.unwrap_err();
+    assert_eq!(line, 4);
+    assert!(message.starts_with("no such table: missing"), "{message}");
     assert_eq!(session.printed(), "1\n");
 }
 
