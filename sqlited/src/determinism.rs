@@ -109,7 +109,9 @@ pub(crate) fn class_of_prepared(statement: &Statement<'_>, facts: &StatementFact
         return Class::ReadOnly;
     }
     // sqlite3_stmt_readonly() says 1 for a PRAGMA that changes a setting: the authorizer's word goes first.
-    if facts.pragma_writes || !statement.readonly() { Class::Write } else { Class::ReadOnly }
+    // It also says 1 for DROP TRIGGER IF EXISTS of one that is unknown here. A read has columns.
+    let writes = facts.pragma_writes || !statement.readonly() || statement.column_count() == 0;
+    if writes { Class::Write } else { Class::ReadOnly }
 }
 
 /// Classifies a text that should be a single statement, on a reader's connection.

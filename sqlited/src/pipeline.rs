@@ -372,7 +372,92 @@ impl Syncer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        apply::{ApplySettings, REQUEST_FORMAT},
+        version::execution_version,
+    };
+    use resqlite::api::{
+        LogEntryKind, LoggedRequest, RequestId, Statement, StatementList, logged_request::Body,
+    };
     use rusqlite::ffi;
+    use tokio::time::timeout;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn entry(index: u64, sql: &str) -> LogEntry {
+        let statement = Statement { sql: sql.to_owned(), ..Statement::default() };
+        let request = LoggedRequest {
+            format: REQUEST_FORMAT,
+            execution_version: execution_version(),
+            id: Some(RequestId {
+                client_id: vec![1; 16].into(),
+                sequence: index,
+                acknowledged_below: index,
+                made_at_index: 0,
+            }),
+            server_made_id: true,
+            seed: vec![0; 16].into(),
+            foreign_keys: true,
+            step_budget: 1_000_000,
+            result_limit_bytes: 1_000_000,
+            body: Some(Body::Atomic(StatementList { statements: vec![statement] })),
+        };
+        LogEntry {
+            index,
+            term: 1,
+            kind: LogEntryKind::Payload.into(),
+            timestamp_ms: 1,
+            payload: request.encode_to_vec().into(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_is_no_result_and_what_waited_is_applied_once_there_is_room() {
+        let directory = tempfile::tempdir().unwrap();
+        let applier = Applier::open(&directory.path().join("test.db"), ApplySettings::default()).unwrap();
+        let files = applier.files();
+        let mut pipeline = Pipeline::start(applier).unwrap();
+        let (handle, waiters, facts) = (pipeline.handle(), Waiters::new(10), Facts::new(0));
+        let mut progress = pipeline.progress();
+        let mut waiter = waiters.register(([1; 16], 2)).unwrap();
+
+        files.fail_after(0, ffi::SQLITE_FULL);
+        let story = async {
+            handle.apply(vec![entry(1, "create table t(a)"), entry(2, "insert into t values (7)")]).await;
+            let why = facts.unhealthy().await;
+            assert!(why.contains("free space on the disk"), "{why}");
+            assert_eq!(facts.applied_index(), 0);
+            files.heal();
+            let reply = waiter.reply().await;
+            assert_eq!((reply.log_index, reply.results[0].rows_affected), (2, 1));
+            facts.applied(2).await;
+            assert_eq!(facts.health(), None);
+            let durable = progress.wait_for(|progress| progress.durable_index == 2).await.unwrap();
+            assert_eq!(durable.applied_index, 2);
+        };
+        tokio::select! {
+            error = pipeline.deliver(&waiters, &facts) => panic!("{error}"),
+            told = timeout(LONG, story) => told.unwrap(),
+        }
+        drop(handle);
+        tokio::task::spawn_blocking(move || pipeline.stop()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_io_error_ends_the_pipeline_and_nothing_counts_as_applied() {
+        let directory = tempfile::tempdir().unwrap();
+        let applier = Applier::open(&directory.path().join("test.db"), ApplySettings::default()).unwrap();
+        let files = applier.files();
+        let mut pipeline = Pipeline::start(applier).unwrap();
+        let (handle, waiters, facts) = (pipeline.handle(), Waiters::new(10), Facts::new(0));
+        files.fail_after(0, ffi::SQLITE_IOERR_WRITE);
+        handle.apply(vec![entry(1, "create table t(a)")]).await;
+        let error = timeout(LONG, pipeline.deliver(&waiters, &facts)).await.unwrap();
+        assert!(matches!(error, PipelineError::Apply(ApplyError::Environment { index: 1, .. })), "{error}");
+        assert_eq!(facts.applied_index(), 0);
+        drop(handle);
+        tokio::task::spawn_blocking(move || pipeline.stop()).await.unwrap();
+    }
 
     #[test]
     fn what_may_pass_is_tried_again_and_what_cannot_be_trusted_is_not() {

@@ -228,11 +228,14 @@ impl<'a> Script<'a> {
         // today; the reply says how far the script really went.
         let next = (first + executed).min(self.sizes.len());
         if next < range.end {
-            // Its schema did not exist yet when it was classified: the execution found a read. The
-            // statements after it were classified in the same ignorance.
+            // The execution stopped before a read, whose tables did not exist yet when it was classified
+            // (or before a VACUUM, which travels alone). What follows was classified in the same ignorance.
             self.kinds.truncate(next);
-            self.kinds.push(Kind::Read);
             self.window = FIRST_WINDOW;
+            if executed == 0 {
+                // Whatever this node takes it for, it will never be executed from the log.
+                self.kinds.push(Kind::Read);
+            }
         } else if self.kinds.len() < next {
             self.kinds.resize(next, Kind::Write);
         }

@@ -211,7 +211,7 @@ mod tests {
         }
         for second in 100..200 {
             lag.observe(at(second), 200_000, 100_000);
-            assert_eq!(lag.is_behind(), second > 111, "{second}");
+            assert_eq!(lag.is_behind(), second > 110, "{second}");
         }
         lag.observe(at(200), 200_000, 200_000);
         assert!(!lag.is_behind());

@@ -51,7 +51,7 @@ mod tests {
         let syntax = SyntaxCheck::new().unwrap();
         for sql in [
             "insert into nowhere values (1)",
-            "select nothing from nowhere",
+            "select a from nowhere",
             "drop table \"a: syntax error\"",
             "pragma hard_heap_limit = 1",
             "pragma foreign_keys = on",
