@@ -385,10 +385,9 @@ cluster:
 
     #[test]
     fn an_unknown_key_is_named_with_its_line() {
-        let text = format!("{THREE}raftd:\n  listen: 127.0.0.1:1\n");
-        let message = error_of(&text);
+        let message = error_of(&format!("{THREE}raftd:\n  listens: 127.0.0.1:1\n"));
         assert!(message.starts_with("f.yaml:9: raftd"), "{message}");
-        assert!(message.contains("unknown field `listen`"), "{message}");
+        assert!(message.contains("unknown field `listens`"), "{message}");
     }
 
     #[test]

@@ -85,7 +85,7 @@ async fn wrong_parameters(client: &mut ReSqliteClient<Channel>) {
     };
     assert_eq!(client.execute(both).await.unwrap_err().code(), Code::InvalidArgument);
     let write = QueryRequest { sql: "insert into t values(9, 9)".into(), ..QueryRequest::default() };
-    let status = client.query(write).await.err().expect("a write is no query");
+    let status = client.query(write).await.expect_err("a write is no query");
     assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
     assert!(status.message().contains("Execute"), "says what to do: {}", status.message());
 }
@@ -94,7 +94,7 @@ async fn wrong_encodings(cluster: &Cluster) {
     // A larger message than the server takes: refused by its size, before it is read whole.
     let mut large = cluster.client(0).max_encoding_message_size(256 << 20);
     let status = large.run(RunRequest { sql: "x".repeat(80 << 20), ..RunRequest::default() }).await;
-    let status = status.err().expect("too large a message");
+    let status = status.expect_err("too large a message");
     let codes = [Code::OutOfRange, Code::ResourceExhausted, Code::Cancelled, Code::Unknown];
     assert!(codes.contains(&status.code()), "{status:?}");
 
