@@ -252,6 +252,9 @@ impl LocalLogParts {
             timestamp_ms: attach.applied_timestamp_ms,
         };
         let base = self.reader.base().map_err(unreadable)?;
+        if applied.index < base.index && !attach.exclusive {
+            return Err(Status::out_of_range(format!("the log begins after index {}", base.index)));
+        }
         if applied.index < base.index {
             return Err(Status::failed_precondition(format!(
                 "the database has applied up to index {}, but the log begins after index {}: \
@@ -259,13 +262,14 @@ impl LocalLogParts {
                 applied.index, base.index
             )));
         }
+        // An onlooker has applied nothing: it only says where to begin.
         let term = self.reader.term(applied.index).map_err(unreadable)?;
-        if term == Some(applied.term) {
+        if term == Some(applied.term) || !attach.exclusive {
             return Ok(());
         }
         // What a state machine has applied is committed, so a log that ends before it, or holds what was never
         // committed in its place, begins anew after it. That is how a snapshot is installed.
-        let is_snapshot = attach.exclusive && (term.is_none() || self.snapshots.taken() == Some(applied));
+        let is_snapshot = term.is_none() || self.snapshots.taken() == Some(applied);
         if is_snapshot && self.install(applied).await? == SnapshotOutcome::Installed {
             return Ok(());
         }

@@ -235,8 +235,7 @@ async fn follow(socket: &Path, from: u64, count: Option<u64>, out: &mut impl Wri
         return Ok(());
     }
     let mut client = connect(socket).await?;
-    // An attachment names the term at the index before; only at the log's very beginning is it known here.
-    let attach = FollowAttach::default();
+    let attach = FollowAttach { applied_index: from.saturating_sub(1), ..FollowAttach::default() };
     let request = FollowRequest { request: Some(follow_request::Request::Attach(attach)) };
     // The stream stays open for as long as the sender lives.
     let (requests, stream) = mpsc::channel(1);

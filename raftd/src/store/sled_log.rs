@@ -16,8 +16,10 @@ use std::{
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::MetadataExt,
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::{self, AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
+    process,
+    sync::Once,
     thread,
     time::{Duration, Instant},
 };
@@ -94,6 +96,7 @@ impl SledLog {
                 opened => break opened?,
             }
         };
+        end_with_sleds_threads();
         let file = OpenOptions::new().write(true).open(dir.join("db"))?;
         Ok(Self { dir: dir.to_owned(), db, file })
     }
@@ -108,6 +111,21 @@ fn remove_unfinished_snapshots(dir: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// From now on, a panic on one of sled's own threads ends the process: [`guarded`] cannot see it, and a flush would wait
+/// for that thread for ever. Not earlier, because a damaged database panics there while it is being opened.
+fn end_with_sleds_threads() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        let print = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| {
+            print(panic);
+            if thread::current().name().is_some_and(|name| name.starts_with("sled-")) {
+                process::abort();
+            }
+        }));
+    });
 }
 
 /// sled tells a held lock from other errors only by its words.
