@@ -176,7 +176,9 @@ fn way_past(code: i32) -> &'static str {
         ffi::SQLITE_FULL => "free space on the disk; the entry is then applied again",
         ffi::SQLITE_NOMEM => "free memory or raise the limit of the process, then restart sqlited",
         ffi::SQLITE_BUSY | ffi::SQLITE_LOCKED => "another process holds the database: end it",
-        ffi::SQLITE_CORRUPT | ffi::SQLITE_NOTADB => "the database file is damaged: replace this node's data directory",
+        ffi::SQLITE_CORRUPT | ffi::SQLITE_NOTADB => {
+            "the database file is damaged: replace this node's data directory"
+        }
         ffi::SQLITE_IOERR | ffi::SQLITE_CANTOPEN | ffi::SQLITE_READONLY | ffi::SQLITE_PERM => {
             "check the disk, its mount and the file's permissions, then restart sqlited"
         }
@@ -188,7 +190,8 @@ fn way_past(code: i32) -> &'static str {
 /// The applied index of the snapshot that this connection reads.
 pub fn applied_index(connection: &Connection) -> rusqlite::Result<u64> {
     // Not from the cache, which is keyed by text: what is in there runs for users.
-    let column = connection.query_row("SELECT applied_index FROM _resqlite_meta", [], |row| row.get::<_, i64>(0));
+    let column =
+        connection.query_row("SELECT applied_index FROM _resqlite_meta", [], |row| row.get::<_, i64>(0));
     column.map(|index| index as u64)
 }
 
@@ -217,6 +220,8 @@ pub struct Applier {
     settings: ApplySettings,
     execution_version: u64,
     durability: Durability,
+    /// A transaction has failed, and what it left in memory is not taken back yet.
+    in_disorder: bool,
 }
 
 /// An entry, decoded.
@@ -264,6 +269,7 @@ impl Applier {
             settings,
             execution_version: version::execution_version(),
             durability: Durability { wal: Arc::new(wal), applied_index },
+            in_disorder: false,
         })
     }
 
@@ -308,6 +314,9 @@ impl Applier {
     pub fn apply(&mut self, entries: &[LogEntry], applied: &mut Vec<Applied>) -> Result<(), ApplyError> {
         let mut rest = entries;
         while let Some(first) = rest.first() {
+            if self.in_disorder {
+                self.recover(first.index)?;
+            }
             let expected = self.position.applied_index + 1;
             if first.index != expected {
                 return Err(ApplyError::Gap { expected, got: first.index });
@@ -423,10 +432,12 @@ impl Applier {
         replies: &mut Vec<Applied>,
     ) -> Result<Group, Trouble> {
         let at_start = |error| Trouble { at: 0, error };
-        let requests = || items.iter().filter_map(|item| match &item.work {
-            Work::Request(request) => Some(request),
-            Work::Nothing => None,
-        });
+        let requests = || {
+            items.iter().filter_map(|item| match &item.work {
+                Work::Request(request) => Some(request),
+                Work::Nothing => None,
+            })
+        };
         if let Some(first) = requests().next() {
             self.writer.set_foreign_keys(first.foreign_keys).map_err(at_start)?;
         }
@@ -479,8 +490,9 @@ impl Applier {
         Ok(Group::Committed(done))
     }
 
-    /// Back to the last committed state, in the database and in memory.
+    /// Back to the last committed state, in the database and in memory. It may fail itself, and is then due again.
     fn recover(&mut self, index: u64) -> Result<(), ApplyError> {
+        self.in_disorder = true;
         let mut back = || {
             if !self.writer.connection.is_autocommit() {
                 self.writer.connection.execute_batch("ROLLBACK")?;
@@ -490,7 +502,9 @@ impl Applier {
             self.writer.reload_schema()?;
             self.sessions.reload(&self.writer.connection)
         };
-        back().map_err(|error| environment(index, &error))
+        back().map_err(|error| environment(index, &error))?;
+        self.in_disorder = false;
+        Ok(())
     }
 }
 
@@ -597,7 +611,8 @@ fn open_tables(connection: &Connection) -> rusqlite::Result<Result<Position, Str
          INSERT OR IGNORE INTO _resqlite_meta VALUES (0, {SCHEMA_FORMAT}, 0, 0, 0, 0); COMMIT",
         Sessions::SCHEMA
     ))?;
-    let columns = "SELECT format, cluster_id, applied_index, applied_term, applied_timestamp_ms FROM _resqlite_meta";
+    let columns =
+        "SELECT format, cluster_id, applied_index, applied_term, applied_timestamp_ms FROM _resqlite_meta";
     connection.query_row(columns, [], |row| {
         let column = |index| row.get::<_, i64>(index).map(|column| column as u64);
         let format = row.get::<_, i64>(0)?;

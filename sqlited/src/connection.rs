@@ -219,10 +219,12 @@ impl Writer {
         Ok(())
     }
 
-    /// Forgets all prepared statements. Due whenever the schema has changed: a cached statement would
-    /// notice after a few steps and start anew, so that its steps would differ from a restarted node's.
+    /// Forgets all prepared statements and what is known of them. Due whenever the schema has changed: a cached
+    /// statement would notice after a few steps and start anew, so that its steps would differ from a
+    /// restarted node's; and what the authorizer saw of it may not hold any more.
     pub fn forget_statements(&self) {
         self.connection.flush_prepared_statement_cache();
+        self.known.take();
     }
 
     /// Reads the schema and the statistics again, as a restarted node does: ones that were rolled back, or
@@ -283,7 +285,7 @@ impl Fuse {
     }
 }
 
-/// What is known of statements that were seen before. A text that comes for the second time is worth
+/// What is known of statements that were seen before under the same schema. A text that comes for the second time is worth
 /// keeping prepared; one that comes once, such as a line of a dump, is not.
 #[derive(Default)]
 pub(crate) struct KnownStatements {

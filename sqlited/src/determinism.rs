@@ -114,6 +114,26 @@ pub(crate) fn class_of_prepared(statement: &Statement<'_>, facts: &StatementFact
     if writes { Class::Write } else { Class::ReadOnly }
 }
 
+/// Whether a prepared statement is a VACUUM, which the authorizer is not asked about: SQLite's own program says so.
+pub(crate) fn is_vacuum(
+    connection: &Connection,
+    guard: &Guard,
+    statement: &Statement<'_>,
+    facts: &StatementFacts,
+    sql: &str,
+) -> rusqlite::Result<bool> {
+    if facts.asked || statement.readonly() || statement.is_explain() != 0 {
+        return Ok(false);
+    }
+    guard.begin(Phase::Prepare);
+    let explained = connection.prepare(&format!("EXPLAIN {sql}"));
+    guard.end();
+    let mut explained = explained?;
+    let opcodes = explained.query_map([], |row| row.get::<_, String>("opcode"))?;
+    let opcodes: Vec<String> = opcodes.collect::<rusqlite::Result<_>>()?;
+    Ok(opcodes.iter().any(|opcode| opcode == "Vacuum"))
+}
+
 /// Classifies a text that should be a single statement, on a reader's connection.
 pub(crate) fn classify_on_reader(connection: &Connection, guard: &Guard, sql: &str) -> Class {
     let (prepared, facts) = prepare_single(connection, guard, sql);

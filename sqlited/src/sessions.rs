@@ -176,11 +176,11 @@ impl Sessions {
         self.dirty.clear();
     }
 
-    /// Goes back to what the database holds.
+    /// Goes back to what the database holds. After an error it has to be called again.
     pub fn reload(&mut self, connection: &Connection) -> rusqlite::Result<()> {
         let mut statement =
             connection.prepare("SELECT state FROM _resqlite_sessions WHERE client_id = ?1")?;
-        for client in std::mem::take(&mut self.dirty) {
+        for client in self.dirty.clone() {
             self.take(&client);
             let mut rows = statement.query((&client[..],))?;
             if let Some(row) = rows.next()? {
@@ -188,6 +188,7 @@ impl Sessions {
                 self.put(client, decode(&state)?);
             }
         }
+        self.dirty.clear();
         Ok(())
     }
 

@@ -86,7 +86,10 @@ fn transactions_and_the_foreign_keys_setting_are_told_apart() {
     let off: i64 = reader.connection().query_row("PRAGMA foreign_keys", [], |row| row.get(0)).unwrap();
     assert_eq!(off, 0);
     assert_eq!(reader.classify("PRAGMA foreign_keys = ON"), Class::ForeignKeysPragma(On));
-    assert_eq!(reader.connection().query_row("PRAGMA foreign_keys", [], |row| row.get::<_, i64>(0)).unwrap(), off);
+    assert_eq!(
+        reader.connection().query_row("PRAGMA foreign_keys", [], |row| row.get::<_, i64>(0)).unwrap(),
+        off
+    );
 }
 
 #[test]
@@ -106,7 +109,16 @@ fn unpreparable(sql: &str) -> (String, bool) {
 
 #[test]
 fn what_cannot_be_parsed_does_not_depend_on_the_schema() {
-    for sql in ["SELEC 1", "SELECT", "SELECT * FROM t WHERE", "SELECT 'open", "CREATE TABLE", "SELECT 1; SELECT 2", "SELECT \0", "SELECT #"] {
+    for sql in [
+        "SELEC 1",
+        "SELECT",
+        "SELECT * FROM t WHERE",
+        "SELECT 'open",
+        "CREATE TABLE",
+        "SELECT 1; SELECT 2",
+        "SELECT \0",
+        "SELECT #",
+    ] {
         let (message, depends_on_schema) = unpreparable(sql);
         assert!(!depends_on_schema, "{sql}: {message}");
     }
@@ -114,7 +126,9 @@ fn what_cannot_be_parsed_does_not_depend_on_the_schema() {
 
 #[test]
 fn what_fails_against_the_schema_may_succeed_elsewhere() {
-    for sql in ["SELECT * FROM nowhere", "INSERT INTO t(b) VALUES (1)", "CREATE TABLE t(a)", "SELECT nofunction(1)"] {
+    for sql in
+        ["SELECT * FROM nowhere", "INSERT INTO t(b) VALUES (1)", "CREATE TABLE t(a)", "SELECT nofunction(1)"]
+    {
         let (message, depends_on_schema) = unpreparable(sql);
         assert!(depends_on_schema, "{sql}: {message}");
     }
@@ -140,7 +154,14 @@ fn refusals_carry_their_reason() {
 fn a_reader_reads_and_nothing_else() {
     let machine = machine();
     let reader = machine.reader();
-    for sql in ["INSERT INTO t VALUES (1)", "BEGIN", "SAVEPOINT x", "PRAGMA user_version = 3", "PRAGMA foreign_keys = ON", "SELECT * FROM _resqlite_meta"] {
+    for sql in [
+        "INSERT INTO t VALUES (1)",
+        "BEGIN",
+        "SAVEPOINT x",
+        "PRAGMA user_version = 3",
+        "PRAGMA foreign_keys = ON",
+        "SELECT * FROM _resqlite_meta",
+    ] {
         assert!(reader.read(sql, |statement| statement.raw_execute()).is_err(), "{sql}");
     }
     assert!(reader.connection().is_autocommit());

@@ -147,7 +147,16 @@ fn temporary_objects_are_refused() {
 #[test]
 fn transaction_control_is_refused_inside_a_request() {
     let mut machine = Machine::new();
-    for sql in ["BEGIN", "BEGIN EXCLUSIVE", "COMMIT", "END", "ROLLBACK", "SAVEPOINT a", "RELEASE request", "ROLLBACK TO request"] {
+    for sql in [
+        "BEGIN",
+        "BEGIN EXCLUSIVE",
+        "COMMIT",
+        "END",
+        "ROLLBACK",
+        "SAVEPOINT a",
+        "RELEASE request",
+        "ROLLBACK TO request",
+    ] {
         assert_refused(&mut machine, sql, "are not statements of a request");
     }
     let reply = machine.script(&["CREATE TABLE t(a)", "COMMIT", "INSERT INTO t VALUES (1)"]);
@@ -202,7 +211,13 @@ fn the_servers_own_tables_are_neither_seen_nor_touched() {
 #[test]
 fn analyze_of_everything_leaves_the_servers_tables_out() {
     let mut machine = Machine::new();
-    machine.ok(&["CREATE TABLE t(a)", "CREATE INDEX i ON t(a)", "INSERT INTO t VALUES (1), (2)", "ANALYZE", "REINDEX"]);
+    machine.ok(&[
+        "CREATE TABLE t(a)",
+        "CREATE INDEX i ON t(a)",
+        "INSERT INTO t VALUES (1), (2)",
+        "ANALYZE",
+        "REINDEX",
+    ]);
     assert_eq!(machine.read("SELECT tbl, idx, stat FROM sqlite_stat1"), "t|i|2 1");
 }
 
@@ -340,7 +355,11 @@ fn defer_foreign_keys_holds_until_its_request_ends() {
 #[test]
 fn the_highest_rowid_is_refused_because_later_ones_would_be_random() {
     let mut machine = Machine::new();
-    machine.ok(&["CREATE TABLE t(a)", "CREATE TABLE s(id INTEGER PRIMARY KEY, a)", "CREATE VIRTUAL TABLE f USING fts5(a)"]);
+    machine.ok(&[
+        "CREATE TABLE t(a)",
+        "CREATE TABLE s(id INTEGER PRIMARY KEY, a)",
+        "CREATE VIRTUAL TABLE f USING fts5(a)",
+    ]);
     for sql in [
         "INSERT INTO t(rowid, a) VALUES (9223372036854775807, 1)",
         "INSERT INTO s VALUES (9223372036854775807, 1)",
@@ -364,7 +383,8 @@ fn the_highest_rowid_is_noticed_when_a_table_is_copied_whole() {
     machine.ok(&["CREATE TABLE t(id INTEGER PRIMARY KEY, a)", "CREATE TABLE u(id INTEGER PRIMARY KEY, a)"]);
     // SQLite copies such tables page by page, without looking at the rows. The first table can only have
     // the row if it came with a file; a statement that moves it there and on in one request is as good.
-    let reply = machine.atomic(&["INSERT INTO t VALUES (9223372036854775806, 1)", "INSERT INTO u SELECT id, a FROM t"]);
+    let reply = machine
+        .atomic(&["INSERT INTO t VALUES (9223372036854775806, 1)", "INSERT INTO u SELECT id, a FROM t"]);
     assert_eq!(reply.error, None);
     let path = machine.path();
     let outside = rusqlite::Connection::open(path).unwrap();
@@ -390,7 +410,10 @@ fn statistics_written_by_hand_hold_at_once_as_after_a_restart() {
     let mut restarted = Machine::new();
     restarted.ok(&setup);
     let mut restarted = restarted.reopen();
-    for statistics in ["UPDATE sqlite_stat1 SET stat = '100 1' WHERE idx = 'ia'", "UPDATE sqlite_stat1 SET stat = '100 90' WHERE idx = 'ib'"] {
+    for statistics in [
+        "UPDATE sqlite_stat1 SET stat = '100 1' WHERE idx = 'ia'",
+        "UPDATE sqlite_stat1 SET stat = '100 90' WHERE idx = 'ib'",
+    ] {
         live.ok(&[statistics]);
         restarted.ok(&[statistics]);
         restarted = restarted.reopen();
@@ -445,7 +468,11 @@ fn the_schema_table_cannot_be_written() {
 #[test]
 fn double_quoted_strings_are_sqlites_default() {
     let mut machine = Machine::new();
-    machine.ok(&["CREATE TABLE t(a DEFAULT \"x\")", "INSERT INTO t VALUES (\"y\")", "INSERT INTO t DEFAULT VALUES"]);
+    machine.ok(&[
+        "CREATE TABLE t(a DEFAULT \"x\")",
+        "INSERT INTO t VALUES (\"y\")",
+        "INSERT INTO t DEFAULT VALUES",
+    ]);
     assert_eq!(machine.read("SELECT group_concat(a) FROM t"), "y,x");
 }
 

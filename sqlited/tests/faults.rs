@@ -22,7 +22,10 @@ fn entries(machine: &mut Machine) -> Vec<LogEntry> {
             machine.request_atomic(&[fill, "UPDATE t SET a = random()"]),
             machine.request_script(&[fill, "INSERT INTO t(id) VALUES (1)", fill]),
             machine.request_atomic(&["INSERT INTO f SELECT hex(b) FROM t LIMIT 50"]),
-            machine.request_atomic(&[&format!("CREATE TABLE x{round} AS SELECT * FROM t"), "DELETE FROM t WHERE id % 3 = 0"]),
+            machine.request_atomic(&[
+                &format!("CREATE TABLE x{round} AS SELECT * FROM t"),
+                "DELETE FROM t WHERE id % 3 = 0",
+            ]),
         ];
         for mut request in requests {
             let index = 2 + entries.len() as u64;
@@ -55,7 +58,10 @@ fn survives(code: i32, retryable: bool) {
         failures += 1;
         let ApplyError::Environment { index, code: reported, .. } = &error else { panic!("{error}") };
         // What SQLite makes of a failure differs with the place where it happens, its nature does not.
-        assert!([code & 0xff, ffi::SQLITE_IOERR, ffi::SQLITE_CANTOPEN].contains(&(reported & 0xff)), "{error}");
+        assert!(
+            [code & 0xff, ffi::SQLITE_IOERR, ffi::SQLITE_CANTOPEN].contains(&(reported & 0xff)),
+            "{error}"
+        );
         assert!(error.to_string().contains(&format!("entry {index} cannot be applied here")), "{error}");
         if reported & 0xff == code & 0xff {
             assert_eq!(error.is_retryable(), retryable, "{error}");
@@ -100,7 +106,10 @@ fn a_locked_database_stops_the_node_and_is_no_result() {
     let request = machine.request_atomic(&["INSERT INTO t(a) VALUES (1)"]);
     let entry = machine.entry(request);
     let error = machine.try_apply(std::slice::from_ref(&entry)).unwrap_err();
-    assert!(error.is_retryable() && error.to_string().contains("another process holds the database"), "{error}");
+    assert!(
+        error.is_retryable() && error.to_string().contains("another process holds the database"),
+        "{error}"
+    );
     other.execute_batch("ROLLBACK").unwrap();
     assert_eq!(machine.try_apply(&[entry]).unwrap()[0].reply.error, None);
 }
@@ -114,7 +123,10 @@ fn an_interrupted_apply_is_no_result_and_goes_on_afterwards() {
     let mut request = machine.request_atomic(&[endless]);
     request.step_budget = 1 << 30;
     let before = machine.request_atomic(&["INSERT INTO t(a) VALUES (1)"]);
-    let mut request = { request.id.as_mut().unwrap().sequence += 1; request };
+    let mut request = {
+        request.id.as_mut().unwrap().sequence += 1;
+        request
+    };
     let log = [machine.entry(before), machine.entry(std::mem::take(&mut request))];
     let handle = machine.applier.interrupt_handle();
     let done = std::sync::atomic::AtomicBool::new(false);

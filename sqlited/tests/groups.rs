@@ -43,7 +43,9 @@ fn or_rollback_fails_its_own_request_only() {
         &["CREATE TABLE t(a UNIQUE)"],
         &[
             |machine| machine.request_atomic(&["INSERT INTO t VALUES (1)"]),
-            |machine| machine.request_atomic(&["INSERT INTO t VALUES (2)", "INSERT OR ROLLBACK INTO t VALUES (1)"]),
+            |machine| {
+                machine.request_atomic(&["INSERT INTO t VALUES (2)", "INSERT OR ROLLBACK INTO t VALUES (1)"])
+            },
             |machine| machine.request_atomic(&["INSERT INTO t VALUES (3)"]),
         ],
     );
@@ -62,7 +64,13 @@ fn raise_rollback_fails_its_own_request_only() {
         ],
         &[
             |machine| machine.request_atomic(&["INSERT INTO t VALUES (1)"]),
-            |machine| machine.request_script(&["INSERT INTO t VALUES (2)", "INSERT INTO t VALUES (-1)", "INSERT INTO t VALUES (3)"]),
+            |machine| {
+                machine.request_script(&[
+                    "INSERT INTO t VALUES (2)",
+                    "INSERT INTO t VALUES (-1)",
+                    "INSERT INTO t VALUES (3)",
+                ])
+            },
             |machine| machine.request_atomic(&["INSERT INTO t VALUES (4)"]),
             |machine| machine.request_atomic(&["INSERT INTO t VALUES (-4)"]),
             |machine| machine.request_atomic(&["INSERT INTO t VALUES (5)"]),
@@ -117,7 +125,8 @@ fn a_deferred_foreign_key_fails_its_own_request_and_not_the_groups_commit() {
 #[test]
 fn a_statement_over_its_budget_fails_its_own_request_only() {
     let endless = |machine: &Machine| {
-        let sql = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) INSERT INTO t SELECT i FROM n";
+        let sql =
+            "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n) INSERT INTO t SELECT i FROM n";
         LoggedRequest { step_budget: 100_000, ..machine.request_atomic(&["INSERT INTO t VALUES (0)", sql]) }
     };
     let (replies, machine) = alike(
@@ -161,7 +170,9 @@ fn vacuum_runs_between_groups_and_keeps_what_came_before() {
             |machine| machine.request_atomic(&["INSERT INTO t VALUES (4)"]),
             |machine| machine.request_atomic(&["VACUUM"]),
             |machine| machine.request_atomic(&["INSERT INTO t VALUES (5)"]),
-            |machine| machine.request_script(&["INSERT INTO t VALUES (6)", "VACUUM", "INSERT INTO t VALUES (7)"]),
+            |machine| {
+                machine.request_script(&["INSERT INTO t VALUES (6)", "VACUUM", "INSERT INTO t VALUES (7)"])
+            },
             |machine| machine.request_script(&["VACUUM", "INSERT INTO t VALUES (8)"]),
             |machine| machine.request_atomic(&["INSERT INTO t VALUES (9)", "VACUUM"]),
         ],
@@ -176,9 +187,16 @@ fn vacuum_runs_between_groups_and_keeps_what_came_before() {
 #[test]
 fn a_script_stops_before_its_first_read() {
     let mut machine = Machine::new();
-    let reply = machine.script(&["CREATE TABLE t(a)", "INSERT INTO t VALUES (1)", "SELECT * FROM t", "INSERT INTO t VALUES (2)"]);
+    let reply = machine.script(&[
+        "CREATE TABLE t(a)",
+        "INSERT INTO t VALUES (1)",
+        "SELECT * FROM t",
+        "INSERT INTO t VALUES (2)",
+    ]);
     assert_eq!((reply.results.len(), reply.class()), (2, ReplyClass::Ok));
-    for read in ["SELECT 1", "EXPLAIN DELETE FROM t", "PRAGMA page_count", "PRAGMA table_info(t)", "VALUES (1)"] {
+    for read in
+        ["SELECT 1", "EXPLAIN DELETE FROM t", "PRAGMA page_count", "PRAGMA table_info(t)", "VALUES (1)"]
+    {
         let reply = machine.script(&[read, "INSERT INTO t VALUES (2)"]);
         assert_eq!((reply.results.len(), reply.class()), (0, ReplyClass::Ok), "{read}");
     }
@@ -191,7 +209,12 @@ fn a_script_stops_before_its_first_read() {
 #[test]
 fn a_script_keeps_what_was_done_before_its_first_error() {
     let mut machine = Machine::new();
-    let reply = machine.script(&["CREATE TABLE t(a NOT NULL)", "INSERT INTO t VALUES (1)", "INSERT INTO t VALUES (NULL)", "INSERT INTO t VALUES (2)"]);
+    let reply = machine.script(&[
+        "CREATE TABLE t(a NOT NULL)",
+        "INSERT INTO t VALUES (1)",
+        "INSERT INTO t VALUES (NULL)",
+        "INSERT INTO t VALUES (2)",
+    ]);
     assert_eq!(reply.results.len(), 2);
     let error = reply.error.unwrap();
     assert_eq!((error.statement, error.name.as_str()), (3, "SQLITE_CONSTRAINT_NOTNULL"));
@@ -201,7 +224,12 @@ fn a_script_keeps_what_was_done_before_its_first_error() {
 #[test]
 fn an_atomic_request_keeps_nothing_of_a_failure() {
     let mut machine = Machine::new();
-    let reply = machine.atomic(&["CREATE TABLE t(a)", "INSERT INTO t VALUES (1)", "SELECT * FROM t", "INSERT INTO nowhere VALUES (1)"]);
+    let reply = machine.atomic(&[
+        "CREATE TABLE t(a)",
+        "INSERT INTO t VALUES (1)",
+        "SELECT * FROM t",
+        "INSERT INTO nowhere VALUES (1)",
+    ]);
     assert_eq!((reply.results.len(), reply.class()), (0, ReplyClass::Invalid));
     let error = reply.error.unwrap();
     assert_eq!((error.statement, error.message.as_str()), (4, "no such table: nowhere"));
@@ -313,13 +341,17 @@ fn a_statement_means_the_same_whether_it_was_seen_before_or_not() {
 #[test]
 fn the_budget_does_not_depend_on_what_is_cached() {
     // Finds the exact budget of a statement on a fresh node; it must be exact on a warm one, too.
-    let setup = ["CREATE TABLE t(a, b)", "CREATE INDEX i ON t(a)", "INSERT INTO t VALUES ('abc', 1), ('abd', 2)"];
+    let setup =
+        ["CREATE TABLE t(a, b)", "CREATE INDEX i ON t(a)", "INSERT INTO t VALUES ('abc', 1), ('abd', 2)"];
     let run = |warm_up: bool, budget: u64| {
         let mut machine = Machine::new();
         machine.ok(&setup);
         let query = |machine: &Machine| {
             let mut request = machine.request_atomic(&[]);
-            let like = statement("SELECT * FROM t WHERE a LIKE ?1", [resqlite::api::value::Kind::Text("ab%".into())]);
+            let like = statement(
+                "SELECT * FROM t WHERE a LIKE ?1",
+                [resqlite::api::value::Kind::Text("ab%".into())],
+            );
             request.body = Some(machine::atomic(vec![like]));
             request
         };
@@ -333,7 +365,11 @@ fn the_budget_does_not_depend_on_what_is_cached() {
                 assert!(machine.atomic(&["DROP INDEX i", "SELECT nonsense"]).error.is_some());
             }
         } else {
-            machine.ok(&["ALTER TABLE t ADD COLUMN c", "ALTER TABLE t ADD COLUMN d", "ALTER TABLE t ADD COLUMN e"]);
+            machine.ok(&[
+                "ALTER TABLE t ADD COLUMN c",
+                "ALTER TABLE t ADD COLUMN d",
+                "ALTER TABLE t ADD COLUMN e",
+            ]);
             machine.skip_to(20);
             machine = machine.reopen();
         }
@@ -343,4 +379,45 @@ fn the_budget_does_not_depend_on_what_is_cached() {
     let exact = (1..500).find(|budget| run(false, *budget) == ReplyClass::Ok).unwrap();
     assert_eq!(run(true, exact), ReplyClass::Ok);
     assert_eq!(run(true, exact - 1), ReplyClass::Limit);
+}
+
+#[test]
+fn what_does_nothing_because_of_if_exists_is_no_vacuum() {
+    let mut machine = Machine::new();
+    machine.ok(&[
+        "DROP TABLE IF EXISTS nowhere",
+        "DROP INDEX IF EXISTS nowhere",
+        "CREATE TABLE t(a)",
+        "CREATE TABLE IF NOT EXISTS t(a)",
+    ]);
+    let reply = machine.atomic(&[
+        "INSERT INTO t VALUES (1)",
+        "DROP VIEW IF EXISTS nowhere",
+        "INSERT INTO t VALUES (2)",
+    ]);
+    assert_eq!(reply.error, None);
+    assert_eq!(machine.read("SELECT count(*) FROM t"), "2");
+}
+
+#[test]
+fn a_statement_is_judged_by_the_schema_of_its_moment() {
+    // Refused while it would create the table, and nothing to refuse once the table exists.
+    let sql = "CREATE TABLE IF NOT EXISTS x AS SELECT rootpage FROM sqlite_schema";
+    let run = |warm_up: bool| {
+        let mut machine = Machine::new();
+        if warm_up {
+            for _ in 0..3 {
+                assert_eq!(machine.refusal(sql).0, ReplyClass::Invalid);
+            }
+        }
+        machine.ok(&["CREATE TABLE x(a)"]);
+        machine.atomic(&[sql]).class()
+    };
+    assert_eq!((run(true), run(false)), (ReplyClass::Ok, ReplyClass::Ok));
+    // Within one request, too.
+    let mut machine = Machine::new();
+    for _ in 0..3 {
+        assert_eq!(machine.refusal(sql).0, ReplyClass::Invalid);
+    }
+    assert_eq!(machine.atomic(&["CREATE TABLE x(a)", sql]).class(), ReplyClass::Ok);
 }

@@ -39,20 +39,27 @@ fn every_kind_of_value_comes_back_as_it_went() {
         let row = &reply.results[0].rows[0];
         assert_eq!(row.values[0].kind.as_ref(), Some(&value));
     }
-    assert_eq!(machine.read("SELECT group_concat(typeof(v)) FROM t"), "null,integer,real,text,text,blob,blob,text");
+    assert_eq!(
+        machine.read("SELECT group_concat(typeof(v)) FROM t"),
+        "null,integer,real,text,text,blob,blob,text"
+    );
 }
 
 #[test]
 fn a_nan_becomes_null_as_sqlite_has_it() {
     let mut machine = Machine::new();
-    let reply = run(&mut machine, vec![statement("SELECT ?1, ?2", [Kind::Real(f64::NAN), Kind::Real(f64::INFINITY)])]);
+    let reply = run(
+        &mut machine,
+        vec![statement("SELECT ?1, ?2", [Kind::Real(f64::NAN), Kind::Real(f64::INFINITY)])],
+    );
     assert_eq!(text(&reply.results[0]), "NULL|inf");
 }
 
 #[test]
 fn a_value_without_a_kind_is_null() {
     let mut machine = Machine::new();
-    let source = Statement { sql: "SELECT ?1".into(), params: vec![Value { kind: None }], ..Statement::default() };
+    let source =
+        Statement { sql: "SELECT ?1".into(), params: vec![Value { kind: None }], ..Statement::default() };
     assert_eq!(text(&run(&mut machine, vec![source]).results[0]), "NULL");
 }
 
@@ -64,7 +71,10 @@ fn parameters_go_by_position_or_by_name_with_or_without_prefix() {
         vec![
             statement("SELECT ?, ?", [Kind::Integer(1), Kind::Integer(2)]),
             statement("SELECT ?2, ?1, ?2", [Kind::Integer(1), Kind::Integer(2)]),
-            named("SELECT :a, @b, $c", &[("a", Kind::Integer(1)), ("@b", Kind::Integer(2)), ("c", Kind::Integer(3))]),
+            named(
+                "SELECT :a, @b, $c",
+                &[("a", Kind::Integer(1)), ("@b", Kind::Integer(2)), ("c", Kind::Integer(3))],
+            ),
             Statement {
                 params: vec![Value { kind: Some(Kind::Integer(7)) }],
                 ..named("SELECT ?1, :x", &[("x", Kind::Integer(8))])
@@ -87,23 +97,33 @@ fn parameters_that_do_not_fit_are_a_clear_error() {
         (named("SELECT :a, :b", &[("a", one())]), "parameter 2 (:b) was not given"),
         (named("SELECT :a", &[("a", one()), (":a", one())]), "was given twice"),
         (named("SELECT :a", &[("a\0", one())]), "no parameter named"),
-        (Statement { params: vec![Value::default(); 3], ..named("SELECT ?, :b", &[("b", one())]) }, "3 were given by position"),
+        (
+            Statement { params: vec![Value::default(); 3], ..named("SELECT ?, :b", &[("b", one())]) },
+            "3 were given by position",
+        ),
     ] {
         let sql = source.sql.clone();
         let reply = run(&mut machine, vec![statement("SELECT 1", []), source]);
         let error = reply.error.as_ref().unwrap();
         assert!(error.message.contains(words), "{sql}: {}", error.message);
-        assert_eq!((reply.class(), error.name.as_str(), error.statement), (ReplyClass::Invalid, "SQLITE_RANGE", 2));
+        assert_eq!(
+            (reply.class(), error.name.as_str(), error.statement),
+            (ReplyClass::Invalid, "SQLITE_RANGE", 2)
+        );
     }
 }
 
 #[test]
 fn an_expectation_that_fails_undoes_the_whole_request() {
     let mut machine = Machine::new();
-    machine.ok(&["CREATE TABLE account(id INTEGER PRIMARY KEY, version)", "INSERT INTO account VALUES (1, 1)"]);
+    machine
+        .ok(&["CREATE TABLE account(id INTEGER PRIMARY KEY, version)", "INSERT INTO account VALUES (1, 1)"]);
     let swap = |from: i64| Statement {
         expect_rows_affected: Some(1),
-        ..statement("UPDATE account SET version = version + 1 WHERE id = 1 AND version = ?1", [Kind::Integer(from)])
+        ..statement(
+            "UPDATE account SET version = version + 1 WHERE id = 1 AND version = ?1",
+            [Kind::Integer(from)],
+        )
     };
     let log = || statement("INSERT INTO account(version) VALUES (0)", []);
     assert_eq!(run(&mut machine, vec![log(), swap(1)]).class(), ReplyClass::Ok);
@@ -145,7 +165,11 @@ fn results_are_bounded() {
     machine.ok(&["CREATE TABLE t(a)"]);
     let fill = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n WHERE i < 1000) INSERT INTO t SELECT zeroblob(100) FROM n";
     machine.ok(&[fill]);
-    for statements in [vec!["SELECT * FROM t"], vec!["SELECT * FROM t LIMIT 50", "SELECT * FROM t LIMIT 50"], vec!["DELETE FROM t RETURNING a"]] {
+    for statements in [
+        vec!["SELECT * FROM t"],
+        vec!["SELECT * FROM t LIMIT 50", "SELECT * FROM t LIMIT 50"],
+        vec!["DELETE FROM t RETURNING a"],
+    ] {
         let request = LoggedRequest { result_limit_bytes: 6_000, ..machine.request_atomic(&statements) };
         let reply = machine.apply(request);
         assert_eq!(reply.class(), ReplyClass::Limit);
@@ -189,10 +213,16 @@ fn what_others_do_for_a_statement_blows_the_fuse_but_not_the_budget() {
     machine.ok(&[fill]);
     let index = |budget: u64, machine: &mut Machine| {
         let sql = "INSERT INTO f(rowid, a) SELECT rowid, a FROM t";
-        let request = LoggedRequest { step_budget: budget, ..machine.request_atomic(&[sql, "INSERT INTO f(f) VALUES ('delete-all')"]) };
+        let request = LoggedRequest {
+            step_budget: budget,
+            ..machine.request_atomic(&[sql, "INSERT INTO f(f) VALUES ('delete-all')"])
+        };
         machine.apply(request).class()
     };
-    let exact = (1..).map(|thousands| thousands * 1_000).find(|budget| index(*budget, &mut machine) == ReplyClass::Ok).unwrap();
+    let exact = (1..)
+        .map(|thousands| thousands * 1_000)
+        .find(|budget| index(*budget, &mut machine) == ReplyClass::Ok)
+        .unwrap();
     assert!(exact < 100_000, "{exact}");
     assert_eq!(index(exact, &mut machine), ReplyClass::Ok);
 }

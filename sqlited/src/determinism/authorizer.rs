@@ -83,7 +83,8 @@ pub struct StatementFacts {
     pub changes_schema: bool,
     /// It creates, drops or renames virtual tables, or may do so.
     pub changes_virtual_tables: bool,
-    /// It is an INSERT, UPDATE or DELETE on a user's table.
+    /// It is an INSERT, UPDATE or DELETE on a user's table; or an R-Tree was connected on its behalf, which
+    /// prepares such statements for later.
     pub changes_rows: bool,
     /// It runs ANALYZE or writes its tables.
     pub changes_statistics: bool,
@@ -91,7 +92,7 @@ pub struct StatementFacts {
     pub writes_virtual_table: bool,
     /// Tables that it creates or alters: what they are called and refer to has to be checked afterwards.
     pub defined_tables: Vec<String>,
-    /// At least one thing was asked.
+    /// At least one thing was asked. Not so for VACUUM, and for DROP IF EXISTS of what does not exist.
     pub asked: bool,
     /// It drops or alters something: SQLite itself then reads its schema table.
     drops_or_alters: bool,
@@ -114,11 +115,6 @@ impl StatementFacts {
         self.drops_or_alters |= later.drops_or_alters;
         self.asked |= later.asked;
         self.defined_tables.extend(later.defined_tables);
-    }
-
-    /// Nothing was asked of the authorizer: of all statements that write, only VACUUM is like that.
-    pub fn may_be_vacuum(&self) -> bool {
-        !self.asked
     }
 }
 
@@ -298,8 +294,8 @@ impl State {
     }
 
     fn pragma(&mut self, name: &str, value: Option<&str>) -> Authorization {
-        // What virtual tables ask for themselves while they run.
-        if self.phase == Phase::Step && value.is_none() && ["data_version", "page_size"].contains(&name) {
+        // FTS5 asks for it while it runs.
+        if self.phase == Phase::Step && value.is_none() && name == "data_version" {
             return Authorization::Allow;
         }
         match pragma::rule(name, value) {

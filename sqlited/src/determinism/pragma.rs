@@ -90,7 +90,8 @@ pub const PRAGMAS: &[Pragma] = &[
     pragma("module_list", Rule::NodeLocalRead, Rule::NodeLocalRead),
     pragma("optimize", DEPENDS_ON_SESSION, DEPENDS_ON_SESSION),
     pragma("page_count", Rule::NodeLocalRead, Rule::NodeLocalRead),
-    pragma("page_size", Rule::NodeLocalRead, FIXED_AT_CREATION),
+    // FTS4 asks for it when it is used for the first time, which is not at the same moment on every node.
+    pragma("page_size", Rule::Read, FIXED_AT_CREATION),
     pragma("pragma_list", Rule::NodeLocalRead, Rule::NodeLocalRead),
     pragma("query_only", Rule::NodeLocalRead, SET_BY_SERVER),
     pragma("quick_check", Rule::NodeLocalRead, Rule::NodeLocalRead),

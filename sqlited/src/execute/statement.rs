@@ -8,12 +8,9 @@ use std::{
 };
 
 use prost::Message;
-use resqlite::{
-    api::{
-        ReplyClass, Row, SqlError, Statement as SourceStatement, StatementResult, Value, logged_request::Body,
-        value::Kind,
-    },
-    sql_text::first_keyword,
+use resqlite::api::{
+    ReplyClass, Row, SqlError, Statement as SourceStatement, StatementResult, Value, logged_request::Body,
+    value::Kind,
 };
 use rusqlite::{CachedStatement, Statement, StatementStatus, ffi};
 
@@ -88,6 +85,7 @@ impl<'c> Execution<'_, 'c> {
             self.writer.random.set(Sequence::clone(&random));
         };
         drop(statement);
+        self.after_schema_change()?;
         self.check_definitions(&facts, number)?;
         self.check_conditions(source, &result, number)?;
         Ok(result)
@@ -118,15 +116,10 @@ impl<'c> Execution<'_, 'c> {
         writer.guard.begin(Phase::Prepare);
         let prepared = writer.connection.prepare_cached(sql);
         let seen = writer.guard.end();
-        // If nothing was asked, it came prepared; else the schema may have changed since the last time.
-        let facts = if seen.asked { Arc::new(seen) } else { known };
-        self.note(&facts);
+        self.note(&known);
         let statement =
-            prepared.map_err(|error| self.judge_prepare(PrepareError::Sqlite(error), &facts, number))?;
-        if facts.asked {
-            writer.known.borrow_mut().insert(sql, Arc::clone(&facts));
-        }
-        Ok((Prepared::Cached(statement), facts))
+            prepared.map_err(|error| self.judge_prepare(PrepareError::Sqlite(error), &seen, number))?;
+        Ok((Prepared::Cached(statement), known))
     }
 
     /// Whether a statement of this kind may be part of the request.
@@ -140,7 +133,7 @@ impl<'c> Execution<'_, 'c> {
     ) -> Result<(), Halt> {
         let refuse = |reason: &str| Err(Failure::refused(number, reason).into());
         match determinism::class_of_prepared(statement, facts) {
-            Class::ReadOnly if in_script => { eprintln!("RO {number} {:?} {facts:?} ro={}", statement.expanded_sql(), statement.readonly()); return Err(Halt::EndOfScript)}
+            Class::ReadOnly if in_script => return Err(Halt::EndOfScript),
             Class::Transaction(_) => {
                 return refuse(
                     "BEGIN, COMMIT, ROLLBACK and SAVEPOINT are not statements of a request: \
@@ -155,13 +148,12 @@ impl<'c> Execution<'_, 'c> {
         if let Some(what) = &facts.node_local {
             return refuse(&determinism::node_local_reason(what));
         }
-        // DROP … IF EXISTS of what does not exist asks nothing either. A VACUUM that hides from this look at its
-        // first word stays in the transaction, where SQLite refuses it.
-        let is_vacuum = || first_keyword(sql).eq_ignore_ascii_case("vacuum");
-        if facts.may_be_vacuum() && !statement.readonly() && is_vacuum() {
+        let (connection, guard) = (&self.writer.connection, &self.writer.guard);
+        let is_vacuum = determinism::is_vacuum(connection, guard, statement, facts, sql);
+        if is_vacuum.map_err(|error| self.judge(&error, number, true))? {
             return match (number, in_script, &self.request.body) {
                 (1, true, _) => Err(Halt::Stopped(Stop::Vacuum)),
-                (_, true, _) => { eprintln!("VAC {number} {:?} {facts:?}", statement.expanded_sql()); Err(Halt::EndOfScript)},
+                (_, true, _) => Err(Halt::EndOfScript),
                 (1, false, Some(Body::Atomic(list))) if list.statements.len() == 1 => {
                     Err(Halt::Stopped(Stop::Vacuum))
                 }
@@ -177,6 +169,19 @@ impl<'c> Execution<'_, 'c> {
         self.facts.virtual_tables |= facts.changes_virtual_tables;
         self.facts.statistics |= facts.changes_statistics;
         self.ends_group |= facts.writes_virtual_table;
+    }
+
+    /// What is known of statements holds for one schema only, also within a request: a statement that is
+    /// cached would otherwise be judged, and its steps counted, differently from a fresh one.
+    fn after_schema_change(&self) -> Result<(), Halt> {
+        if self.facts.virtual_tables {
+            let learnt = self.writer.guard.learn_virtual_tables(&self.writer.connection);
+            learnt.map_err(|error| Halt::Stopped(Stop::Environment(error)))?;
+        }
+        if self.facts.schema {
+            self.writer.forget_statements();
+        }
+        Ok(())
     }
 
     /// Runs a prepared statement to its end.
@@ -218,7 +223,8 @@ impl<'c> Execution<'_, 'c> {
         }
         self.steps_left -= steps;
         self.result_bytes_left = self.result_bytes_left.saturating_sub(rows.bytes);
-        let changed = facts.changes_rows && !facts.changes_schema && !facts.pragma_writes && !statement.readonly();
+        let changed =
+            facts.changes_rows && !facts.changes_schema && !facts.pragma_writes && !statement.readonly();
         Ok(StatementResult {
             columns: if statement.column_count() > 0 { value::columns(statement) } else { Vec::new() },
             rows: rows.rows,

@@ -54,10 +54,14 @@ impl Machine {
     }
 
     pub fn reopen(self) -> Self {
+        self.reopen_with(ApplySettings::default())
+    }
+
+    pub fn reopen_with(self, settings: ApplySettings) -> Self {
         let (next_index, directory) = (self.next_index, self.directory);
         drop(self.applier);
         let path = directory.path().join("resqlite.db");
-        let applier = Applier::open(&path, ApplySettings::default()).unwrap();
+        let applier = Applier::open(&path, settings).unwrap();
         Self { applier, directory, next_index }
     }
 
