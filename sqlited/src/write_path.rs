@@ -146,6 +146,14 @@ impl WritePath {
         attempts.run(payload, waiter).await
     }
 
+    /// Why nothing may be proposed now, whoever asks.
+    fn standing_refusal(&self) -> Option<Interruption> {
+        if self.shutdown.is_triggered() {
+            return Some(Interruption::Shutdown);
+        }
+        self.facts.health().map(Interruption::Unhealthy)
+    }
+
     fn encoded(&self, request: &LoggedRequest) -> Result<Bytes, Status> {
         let (bytes, limit) = (request.encoded_len(), self.settings.max_request_bytes);
         if bytes > limit {
@@ -187,6 +195,9 @@ impl Attempts<'_> {
         };
         let mut interrupted = pin!(interrupted(self.deadline));
         loop {
+            if let Some(why) = path.standing_refusal() {
+                return Err(self.given_up(why, false));
+            }
             if !self.state.borrow().connected {
                 let connected = tokio::select! {
                     biased;

@@ -1,5 +1,7 @@
 //! What clients of sqlited may rely on, whatever its raftd does.
 
+#![allow(clippy::unwrap_used, reason = "a panic is the failure's report")]
+
 mod node;
 
 use std::time::{Duration, Instant};
@@ -231,6 +233,7 @@ async fn an_entry_that_this_node_cannot_execute_is_named_and_never_skipped() {
     assert!(seen.unhealthy.contains("entry 3 was made for the execution version"), "{}", seen.unhealthy);
     assert_eq!(seen.applied_index, 2);
     let status = node.execute(write("insert into t values (1)")).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
     assert!(status.message().contains("this node cannot execute"), "{status}");
     assert!(node.query(read("select * from t", stale())).await.unwrap().is_empty());
     node.stop().await.unwrap();
