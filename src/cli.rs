@@ -4,6 +4,7 @@
 //! in the daemons knows of it.
 
 mod batch;
+mod bench;
 mod dot;
 mod input;
 mod interactive;
@@ -49,6 +50,8 @@ enum Command {
     Shell(ShellArguments),
     /// Show every node of the cluster
     Status(status::Arguments),
+    /// Measure a cluster: a closed loop of clients
+    Bench(bench::Arguments),
     /// Speak to a raftd that has no sqlited
     #[command(subcommand)]
     Raft(raft::Command),
@@ -105,6 +108,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Playground(arguments) => playground::run(arguments).await,
         Command::Shell(arguments) => run_shell(arguments).await,
         Command::Status(arguments) => status::run(arguments).await,
+        Command::Bench(arguments) => bench::run(arguments).await,
         Command::Raft(command) => raft::run(command).await,
     }
 }

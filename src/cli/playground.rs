@@ -58,6 +58,38 @@ pub async fn run(arguments: Arguments) -> ExitCode {
     }
 }
 
+/// A cluster of three for another command's use; its files are removed when it is dropped.
+pub struct Temporary {
+    playground: Playground,
+    daemons: Daemons,
+}
+
+/// Starts a cluster on the default ports and waits until it serves.
+pub async fn temporary() -> Result<Temporary, String> {
+    let arguments = Arguments { nodes: 3, data_dir: None, base_port: 50050, keep: true, mode: None };
+    let playground = Playground::prepare(&arguments)?;
+    let daemons = Daemons::start(&playground.nodes, &playground.raftd, &playground.sqlited)?;
+    match playground.wait_until_ready().await {
+        Ok(()) => Ok(Temporary { playground, daemons }),
+        Err(message) => {
+            daemons.stop().await;
+            Err(message)
+        }
+    }
+}
+
+impl Temporary {
+    /// Where its nodes are.
+    pub fn endpoints(&self) -> &[String] {
+        &self.playground.endpoints
+    }
+
+    /// Stops its processes.
+    pub async fn stop(self) {
+        self.daemons.stop().await;
+    }
+}
+
 /// A directory that is removed when nobody needs it any more.
 #[derive(Debug)]
 struct Scratch(PathBuf);
