@@ -137,7 +137,8 @@ impl Default for Sqlited {
             readers: 4,
             max_request_bytes: 16 << 20,
             max_result_bytes: 16 << 20,
-            step_budget: 100_000_000,
+            // A few seconds of work: for as long nothing else is applied, on any node.
+            step_budget: 50_000_000,
         }
     }
 }

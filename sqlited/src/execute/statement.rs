@@ -25,6 +25,9 @@ use crate::{
     value,
 };
 
+/// How far the fuse lies above the budget at least.
+const FUSE_SLACK_STEPS: u64 = 1 << 16;
+
 /// A statement of the user, ready to run.
 enum Prepared<'c> {
     Once(Statement<'c>),
@@ -73,7 +76,9 @@ impl<'c> Execution<'_, 'c> {
         })?;
         let mut fuse = match remedy {
             Some(Remedy::Fuse(steps)) => *steps,
-            _ => self.steps_left.saturating_mul(2),
+            // A little more than the budget: it is looked at every few thousand steps only, and whatever passes
+            // between the budget and the fuse is time in which nothing else is applied.
+            _ => self.steps_left.saturating_add(self.steps_left / 8).saturating_add(FUSE_SLACK_STEPS),
         };
         let random = self.writer.random.position();
         let result = loop {
