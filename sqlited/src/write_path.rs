@@ -104,22 +104,21 @@ impl WritePath {
         body: Body,
         deadline: Instant,
     ) -> Result<Arc<StoredReply>, Status> {
-        // Lives as long as the id is in use.
-        let own_id = matches!(id, WriteId::ServerMade).then(|| self.own_ids.take());
-        let server_made_id = own_id.is_some();
-        let id = match (&own_id, id) {
-            (Some(own_id), _) => {
-                RequestId { made_at_index: self.facts.applied_index(), ..own_id.request_id() }
+        // An id of our own is in use for as long as `own_id` lives.
+        let (id, own_id) = match id {
+            WriteId::ServerMade => {
+                let own_id = self.own_ids.take();
+                let id = RequestId { made_at_index: self.facts.applied_index(), ..own_id.request_id() };
+                (id, Some(own_id))
             }
-            (None, WriteId::ClientMade { id, part }) => part_id(id, part)?,
-            (None, WriteId::ServerMade) => unreachable!("an id was just taken for it"),
+            WriteId::ClientMade { id, part } => (part_id(id, part)?, None),
         };
         let key = (client_id(&id)?, id.sequence);
         let request = LoggedRequest {
             format: self.settings.format,
             execution_version: self.settings.execution_version,
             id: Some(id),
-            server_made_id,
+            server_made_id: own_id.is_some(),
             seed: seed()?,
             foreign_keys,
             step_budget: self.settings.step_budget,

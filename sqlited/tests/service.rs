@@ -504,3 +504,34 @@ async fn a_stop_takes_less_than_five_seconds_and_tells_who_waits() {
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
     assert!(status.message().contains("outcome unknown"), "{status}");
 }
+
+#[tokio::test]
+async fn a_client_that_knows_nothing_learns_the_service_by_reflection() {
+    use tonic_reflection::pb::v1::{
+        ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+        server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+    };
+
+    let node = Node::start().await;
+    let mut client = ServerReflectionClient::new(node.channel.clone());
+    let mut ask = async |message_request| {
+        let request = ServerReflectionRequest {
+            message_request: Some(message_request),
+            ..ServerReflectionRequest::default()
+        };
+        let mut answers =
+            client.server_reflection_info(tokio_stream::once(request)).await.unwrap().into_inner();
+        answers.message().await.unwrap().unwrap().message_response.unwrap()
+    };
+    let MessageResponse::ListServicesResponse(list) = ask(MessageRequest::ListServices(String::new())).await
+    else {
+        panic!("it was asked for a list")
+    };
+    let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
+    assert!(names.contains(&"resqlite.v1.ReSqlite"), "{names:?}");
+    assert!(!names.contains(&"resqlite.v1.RaftService"), "it is not served here: {names:?}");
+    let symbol = MessageRequest::FileContainingSymbol("resqlite.v1.ReSqlite".to_owned());
+    let answer = ask(symbol).await;
+    assert!(matches!(answer, MessageResponse::FileDescriptorResponse(_)), "{answer:?}");
+    node.stop().await.unwrap();
+}
