@@ -151,7 +151,8 @@ impl Cluster {
     /// Starts a daemon through another program, such as strace, whose last argument is still to come.
     pub fn launch_command(&mut self, node: usize, daemon: Daemon, command: &mut Command) {
         let directory = self.nodes[node].directory.clone();
-        let log = File::options().create(true).append(true).open(directory.join(format!("{}.log", daemon.name())));
+        let log =
+            File::options().create(true).append(true).open(directory.join(format!("{}.log", daemon.name())));
         let child = command
             .arg("--config")
             .arg(directory.join("resqlite.yaml"))
@@ -181,8 +182,12 @@ impl Cluster {
 
     /// `kill -9` of everything, as close together as one process can do it.
     pub fn kill_all(&mut self) {
-        let mut children: Vec<Child> =
-            self.nodes.iter_mut().flat_map(|node| [node.raftd.take(), node.sqlited.take()]).flatten().collect();
+        let mut children: Vec<Child> = self
+            .nodes
+            .iter_mut()
+            .flat_map(|node| [node.raftd.take(), node.sqlited.take()])
+            .flatten()
+            .collect();
         children.iter_mut().for_each(|child| child.kill().unwrap());
         for child in &mut children {
             child.wait().unwrap();
@@ -195,6 +200,27 @@ impl Cluster {
         let pid = child.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
         child.wait().unwrap().success()
+    }
+
+    /// The process id of a daemon that runs.
+    pub fn pid(&self, node: usize, daemon: Daemon) -> u32 {
+        let node = &self.nodes[node];
+        let child = match daemon {
+            Daemon::Raftd => &node.raftd,
+            Daemon::Sqlited => &node.sqlited,
+        };
+        child.as_ref().expect("the daemon runs").id()
+    }
+
+    /// Sends a daemon a signal by its name, such as STOP.
+    pub fn signal(&self, node: usize, daemon: Daemon, name: &str) {
+        let pid = self.pid(node, daemon).to_string();
+        assert!(Command::new("kill").args([&format!("-{name}"), &pid]).status().unwrap().success());
+    }
+
+    /// The most memory that a daemon ever had resident.
+    pub fn peak_resident_bytes(&self, node: usize, daemon: Daemon) -> u64 {
+        peak_resident_bytes(self.pid(node, daemon)).expect("the daemon runs")
     }
 
     /// Where clients reach a node.
@@ -239,7 +265,11 @@ impl Cluster {
     pub async fn leader(&self) -> usize {
         eventually("there is a leader", || async {
             for node in 0..self.size() {
-                if self.status(node).await.is_some_and(|status| status.node.unwrap_or_default().role == "leader") {
+                if self
+                    .status(node)
+                    .await
+                    .is_some_and(|status| status.node.unwrap_or_default().role == "leader")
+                {
                     return Some(node);
                 }
             }
@@ -291,9 +321,18 @@ impl Drop for Cluster {
     }
 }
 
+/// The most memory that a process ever had resident; `None` if it is gone.
+pub fn peak_resident_bytes(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kibibytes << 10)
+}
+
 /// Runs the sqlite3 program on a database and returns what it prints.
 pub fn sqlite3(database: &Path, commands: &str) -> String {
-    let output = Command::new("sqlite3").arg("-batch").arg(database).arg(commands).output().expect("sqlite3 runs");
+    let output =
+        Command::new("sqlite3").arg("-batch").arg(database).arg(commands).output().expect("sqlite3 runs");
     assert!(output.status.success(), "sqlite3: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
@@ -325,6 +364,38 @@ pub async fn execute_as(
 ) -> Result<ExecuteResponse, Status> {
     let request = ExecuteRequest { statements: vec![statement(sql)], id, ..ExecuteRequest::default() };
     Ok(client.execute(request).await?.into_inner())
+}
+
+/// Whether a failed write may be sent again, under the same id.
+pub fn is_worth_retrying(status: &Status) -> bool {
+    use tonic::Code::{Cancelled, DeadlineExceeded, ResourceExhausted, Unavailable, Unknown};
+    // A killed server breaks the connection, which the client library reports as unknown or cancelled. What comes
+    // with details is the answer of the execution, which stays the same.
+    status.details().is_empty()
+        && matches!(status.code(), Unavailable | DeadlineExceeded | ResourceExhausted | Unknown | Cancelled)
+}
+
+/// Sends a request, which must have an id, to one node after the other until one of them answers for good.
+pub async fn pursue(
+    clients: &[ReSqliteClient<Channel>],
+    first: usize,
+    request: &ExecuteRequest,
+) -> Result<ExecuteResponse, Status> {
+    assert!(request.id.is_some(), "only a request with an id may be repeated");
+    let deadline = Instant::now() + DEADLINE;
+    for attempt in first.. {
+        let mut client = clients[attempt % clients.len()].clone();
+        let mut sent = tonic::Request::new(request.clone());
+        sent.set_timeout(Duration::from_secs(5));
+        match client.execute(sent).await {
+            Ok(response) => return Ok(response.into_inner()),
+            Err(status) if is_worth_retrying(&status) && Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Err(status) => return Err(status),
+        }
+    }
+    unreachable!("there is always another attempt")
 }
 
 /// A linearizable query; all rows.
