@@ -10,12 +10,19 @@ use crate::sql_text::{first_keyword, statements};
 const FULL_BYTES: usize = 1 << 20;
 /// Or to so many statements: servers have a bound on those, too.
 const FULL_STATEMENTS: usize = 50_000;
+/// Or to so many statements that may divide it: the server makes a write of its own of what lies between two of them,
+/// and keeps a bounded number of replies for one client.
+const FULL_DIVIDERS: usize = 500;
+
+/// What is certain to be written together with its like.
+const PLAIN_WRITES: [&str; 7] = ["insert", "update", "delete", "replace", "create", "drop", "alter"];
 
 /// Whole statements on their way to the server.
 #[derive(Debug, Default)]
 pub struct Batch {
     sql: String,
     marks: Vec<Mark>,
+    dividers: usize,
     block: Option<Block>,
 }
 
@@ -54,8 +61,11 @@ impl Batch {
         if self.block.is_none() && is(&["begin"]) {
             let (sql_bytes, statements) = (self.sql.len(), self.marks.len());
             self.block = Some(Block { line: mark.line, sql_bytes, statements });
+            self.dividers += 1;
         } else if is(&["commit", "end"]) {
             self.block = None;
+        } else if self.block.is_none() && !is(&PLAIN_WRITES) {
+            self.dividers += 1;
         }
         self.sql.push_str(text);
         self.sql.push('\n');
@@ -77,7 +87,10 @@ impl Batch {
 
     /// Whether it should be sent before it grows further.
     pub fn is_full(&self) -> bool {
-        (self.sql.len() >= FULL_BYTES || self.marks.len() >= FULL_STATEMENTS) && self.block.is_none()
+        let full = self.sql.len() >= FULL_BYTES
+            || self.marks.len() >= FULL_STATEMENTS
+            || self.dividers >= FULL_DIVIDERS;
+        full && self.block.is_none()
     }
 
     /// Takes the statements that can be sent: an open block stays.
@@ -94,6 +107,7 @@ impl Batch {
         }
         let whole = (std::mem::take(&mut self.sql), std::mem::take(&mut self.marks));
         (self.sql, self.marks) = rest;
+        self.dividers = usize::from(self.block.is_some());
         Some(whole)
     }
 
@@ -160,5 +174,20 @@ mod tests {
         assert!(!batch.is_full());
         push(&mut batch, &["commit;"]);
         assert!(batch.is_full());
+    }
+
+    #[test]
+    fn reads_between_writes_fill_a_batch_long_before_writes_do() {
+        let mut batch = Batch::default();
+        for _ in 0..FULL_DIVIDERS {
+            assert!(!batch.is_full());
+            push(&mut batch, &["insert into t values(1);", "begin;", "select 1;", "commit;"]);
+        }
+        assert!(batch.is_full());
+        batch.clear();
+        for _ in 0..10 * FULL_DIVIDERS {
+            push(&mut batch, &["insert into t values(1);"]);
+        }
+        assert!(!batch.is_full());
     }
 }
