@@ -27,7 +27,7 @@ tools: ## what the tests need beside Rust: sqlite3, strace, a Python with grpcio
 	@tests/install-tools
 
 deb: ## the Debian package, into target/deb
-	@packaging/build-deb $(REVISION)
+	@packaging/build-deb
 
 apt-repo: deb ## a signed apt repository with it, in target/apt
 	@packaging/build-apt-repo
