@@ -46,8 +46,10 @@ const QUEUE_INPUTS: usize = 4_096;
 /// How many inputs one turn of the loop takes before it lets the core act.
 const INPUTS_PER_TURN: usize = 512;
 
-/// How long to wait before a snapshot that failed is tried again.
-const SNAPSHOT_RETRY: Duration = Duration::from_secs(1);
+/// How long to wait before a snapshot that failed is tried again; twice as long after each further failure, for
+/// each attempt costs a copy of the database.
+const MIN_SNAPSHOT_RETRY: Duration = Duration::from_secs(1);
+const MAX_SNAPSHOT_RETRY: Duration = Duration::from_secs(30);
 
 /// What can happen to a node.
 #[derive(Debug)]
@@ -171,6 +173,8 @@ pub struct Driver {
     proposals: Proposals,
     gathered: Gathered,
     soft_state: SoftState,
+    /// How long to wait after the next failure, where the last attempt failed.
+    snapshot_retries: BTreeMap<NodeId, Duration>,
     reads: BTreeMap<u64, oneshot::Sender<Option<Index>>>,
     last_read_id: u64,
     /// At most one waiting request for each peer and kind of vote.
@@ -236,6 +240,7 @@ impl Driver {
             proposals: Proposals::default(),
             gathered: Gathered::default(),
             soft_state,
+            snapshot_retries: BTreeMap::new(),
             reads: BTreeMap::new(),
             last_read_id: 0,
             votes: BTreeMap::new(),
@@ -259,6 +264,8 @@ impl Driver {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut inputs = Vec::with_capacity(INPUTS_PER_TURN);
         let mut stop_at = None;
+        let stop = shutdown.wait();
+        tokio::pin!(stop);
         loop {
             self.node.set_clock(now_ms());
             self.carry_out()?;
@@ -268,24 +275,26 @@ impl Driver {
                 return Ok(());
             }
             tokio::select! {
+                // Time comes first: inputs that never cease must not keep a leader from noticing that its
+                // quorum is silent, nor anybody from stopping. Ticks are few, so they hold nothing up.
                 biased;
-                durable = self.durable.recv() => self.persisted(durable)?,
-                count = self.inputs.recv_many(&mut inputs, INPUTS_PER_TURN) => {
-                    assert!(count > 0, "the driver's own peers hold handles on its queue");
-                    self.node.set_clock(now_ms());
-                    for input in inputs.drain(..) {
-                        self.take(input)?;
-                    }
-                    self.propose_gathered();
-                }
                 _ = ticks.tick() => self.node.tick(),
-                () = shutdown.wait(), if stop_at.is_none() => {
+                () = &mut stop, if stop_at.is_none() => {
                     stop_at = Some(Instant::now() + self.timing.handover_patience);
                     // A follower has nothing to hand over, and a leader without a successor just stops.
                     if let Err(error) = self.node.transfer_leadership(None) {
                         tracing::info!(%error, "stopping without a handover");
                         stop_at = Some(Instant::now());
                     }
+                }
+                durable = self.durable.recv() => self.persisted(durable)?,
+                count = self.inputs.recv_many(&mut inputs, INPUTS_PER_TURN) => {
+                    assert!(count > 0, "the driver holds a handle on its own queue");
+                    self.node.set_clock(now_ms());
+                    for input in inputs.drain(..) {
+                        self.take(input)?;
+                    }
+                    self.propose_gathered();
                 }
             }
         }
@@ -322,10 +331,7 @@ impl Driver {
                 self.compact()?;
             }
             Input::Install(position, reply) => drop(reply.send(self.node.install_snapshot(position)?)),
-            Input::SnapshotFinished(peer, result) => {
-                self.compaction.release(peer);
-                self.node.snapshot_finished(peer, result);
-            }
+            Input::SnapshotFinished(peer, result) => self.snapshot_finished(peer, result),
             Input::Transfer(to, reply) => drop(reply.send(self.node.transfer_leadership(to))),
         }
         Ok(())
@@ -410,6 +416,7 @@ impl Driver {
     fn start_snapshot(&mut self, peer: NodeId) {
         let Some(route) = self.peers.get(&peer).map(|peer| peer.snapshot_route()) else { return };
         self.compaction.hold(peer);
+        let retry_after = self.snapshot_retries.get(&peer).copied().unwrap_or(MIN_SNAPSHOT_RETRY);
         let (snapshots, driver) = (self.snapshots.clone(), self.handle.clone());
         tokio::spawn(async move {
             let result = snapshots.bring(peer, route).await;
@@ -423,14 +430,36 @@ impl Driver {
             });
             if result.is_err() {
                 // The core tries again as soon as it hears; not more often than this.
-                tokio::time::sleep(SNAPSHOT_RETRY).await;
+                tokio::time::sleep(retry_after).await;
             }
             driver.send(Input::SnapshotFinished(peer, result)).await;
         });
     }
 
+    fn snapshot_finished(&mut self, peer: NodeId, result: Result<Index, SnapshotFailed>) {
+        match result {
+            Ok(index) => {
+                tracing::info!(peer, index, "the peer has become the snapshot");
+                self.snapshot_retries.remove(&peer);
+                self.compaction.hold_after_snapshot(peer, index, Instant::now().into_std());
+            }
+            Err(SnapshotFailed) => {
+                let retry = self.snapshot_retries.entry(peer).or_insert(MIN_SNAPSHOT_RETRY);
+                *retry = (*retry * 2).min(MAX_SNAPSHOT_RETRY);
+                self.compaction.release(peer);
+            }
+        }
+        self.node.snapshot_finished(peer, result);
+    }
+
     /// Discards what neither this node nor a peer within the tail needs any more.
     fn compact(&mut self) -> Result<(), DriverError> {
+        if self.compaction.is_holding() {
+            for (peer, status) in self.node.status().peers {
+                self.compaction.peer_is_at(peer, status.matched_index);
+            }
+            self.compaction.expire_holds(Instant::now().into_std());
+        }
         let base = self.reader.base()?.index;
         if let Some(to) = self.compaction.due(base) {
             let base = self.writer.compact(to)?;
