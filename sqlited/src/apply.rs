@@ -24,6 +24,7 @@ use crate::{
     sessions::{Admission, ClientId, Sessions},
     sqlite_ffi::VfsState,
     version,
+    versions::Versions,
 };
 
 /// The format of [`LoggedRequest`] that this version writes and reads.
@@ -216,6 +217,7 @@ impl Durability {
 pub struct Applier {
     writer: Writer,
     sessions: Sessions,
+    versions: Versions,
     position: Position,
     settings: ApplySettings,
     execution_version: u64,
@@ -260,11 +262,13 @@ impl Applier {
         let position = open_tables(&writer.connection).map_err(sqlite)?.map_err(failed)?;
         check_local_time(&writer.connection).map_err(sqlite)?.map_err(failed)?;
         let sessions = Sessions::load(&writer.connection).map_err(sqlite)?;
+        let versions = Versions::load(&writer.connection).map_err(sqlite)?;
         let wal = open_wal(path).map_err(|error| failed(format!("cannot open its -wal: {error}")))?;
         let applied_index = Arc::new(AtomicU64::new(position.applied_index));
         Ok(Self {
             writer,
             sessions,
+            versions,
             position,
             settings,
             execution_version: version::execution_version(),
@@ -293,6 +297,19 @@ impl Applier {
     /// Makes what was applied durable.
     pub fn durability(&self) -> Durability {
         self.durability.clone()
+    }
+
+    /// How entries are gathered.
+    pub fn settings(&self) -> ApplySettings {
+        self.settings.clone()
+    }
+
+    /// Closes the database after leaving the write-ahead log, which SQLite does only for a connection that is alone:
+    /// so nobody else has the file open afterwards, and it may be replaced. A program that still held the old one
+    /// would, as its last user, delete the *new* one's write-ahead log by name. On an error nothing has changed.
+    pub fn close_alone(self) -> Result<(), (Box<Self>, rusqlite::Error)> {
+        let left = self.writer.connection.query_row("PRAGMA journal_mode = DELETE", [], |_| Ok(()));
+        left.map_err(|error| (Box::new(self), error))
     }
 
     /// Interrupts a running [`Self::apply`] from another thread; it then ends with
@@ -453,9 +470,8 @@ impl Applier {
                 done = at + 1;
                 continue;
             };
-            let outcome =
-                run_request(&self.writer, &mut self.sessions, &mut savepoints, request, item.entry, remedies);
-            match outcome {
+            let memory = Memory { sessions: &mut self.sessions, versions: &mut self.versions };
+            match run_request(&self.writer, memory, &mut savepoints, request, item.entry, remedies) {
                 Ok((reply, ends_group)) => {
                     replies.push(reply);
                     done = at + 1;
@@ -468,8 +484,8 @@ impl Applier {
                 Err(Stop::Vacuum) if at > 0 => return Ok(Group::Cut { at }),
                 Err(Stop::Vacuum) => {
                     own.rollback.raw_execute().map_err(trouble)?;
-                    let (writer, sessions) = (&self.writer, &mut self.sessions);
-                    replies.push(run_vacuum(writer, sessions, request, item.entry).map_err(trouble)?);
+                    let memory = Memory { sessions: &mut self.sessions, versions: &mut self.versions };
+                    replies.push(run_vacuum(&self.writer, memory, request, item.entry).map_err(trouble)?);
                     own.begin.raw_execute().map_err(trouble)?;
                     done = 1;
                     break;
@@ -480,9 +496,11 @@ impl Applier {
         let last = items[done - 1].entry;
         let trouble = |error| Trouble { at: done - 1, error };
         self.sessions.save(&mut own.put_session, &mut own.delete_session).map_err(trouble)?;
+        self.versions.save(&mut own.put_version, &mut own.delete_version).map_err(trouble)?;
         own.save_position(self.position.cluster_id, last).map_err(trouble)?;
         own.commit.raw_execute().map_err(trouble)?;
         self.sessions.committed();
+        self.versions.committed();
         self.position.applied_index = last.index;
         self.position.applied_term = last.term;
         self.position.applied_timestamp_ms = last.timestamp_ms;
@@ -500,7 +518,8 @@ impl Applier {
             // It may have failed in the middle of a request that set it.
             self.writer.connection.execute_batch("PRAGMA defer_foreign_keys = OFF")?;
             self.writer.reload_schema()?;
-            self.sessions.reload(&self.writer.connection)
+            self.sessions.reload(&self.writer.connection)?;
+            self.versions.reload(&self.writer.connection)
         };
         back().map_err(|error| environment(index, &error))?;
         self.in_disorder = false;
@@ -508,30 +527,45 @@ impl Applier {
     }
 }
 
+/// What is kept in memory beside the database, and changes with it.
+struct Memory<'m> {
+    sessions: &'m mut Sessions,
+    versions: &'m mut Versions,
+}
+
 /// Executes one request, unless its session says that this was done before.
 fn run_request<'c>(
     writer: &'c Writer,
-    sessions: &mut Sessions,
+    Memory { sessions, versions }: Memory<'_>,
     savepoints: &mut Savepoints<'c>,
     request: &LoggedRequest,
     entry: &LogEntry,
     remedies: &Remedies,
 ) -> Result<(Applied, bool), Stop> {
     with_session(sessions, request, entry, || {
+        if let Some(conflict) = request.reads.as_ref().and_then(|reads| versions.conflict(reads)) {
+            return Ok((execute::reply(entry.index, Vec::new(), Some(conflict)), false));
+        }
         let executed =
             Execution::run(writer, savepoints, request, entry.index, entry.timestamp_ms, remedies)?;
+        executed.wrote.iter().for_each(|facts| versions.wrote(facts, entry.index));
         Ok((executed.reply, executed.ends_group))
     })
 }
 
 fn run_vacuum(
     writer: &Writer,
-    sessions: &mut Sessions,
+    Memory { sessions, versions }: Memory<'_>,
     request: &LoggedRequest,
     entry: &LogEntry,
 ) -> rusqlite::Result<Applied> {
     sessions.reload(&writer.connection)?;
-    let vacuum = || Ok((execute::vacuum(writer, request, entry.index, entry.timestamp_ms)?, true));
+    let vacuum = || {
+        let reply = execute::vacuum(writer, request, entry.index, entry.timestamp_ms)?;
+        // It may have given new rowids to the rows of every table that names none of its columns so.
+        versions.changed_everything(entry.index);
+        Ok((reply, true))
+    };
     with_session(sessions, request, entry, vacuum).map(|(applied, _)| applied)
 }
 
@@ -571,6 +605,8 @@ struct OwnStatements<'c> {
     rollback: Statement<'c>,
     put_session: Statement<'c>,
     delete_session: Statement<'c>,
+    put_version: Statement<'c>,
+    delete_version: Statement<'c>,
     put_position: Statement<'c>,
 }
 
@@ -586,6 +622,8 @@ impl<'c> OwnStatements<'c> {
                  ON CONFLICT DO UPDATE SET state = excluded.state",
             )?,
             delete_session: prepare("DELETE FROM _resqlite_sessions WHERE client_id = ?1")?,
+            put_version: prepare(Versions::PUT)?,
+            delete_version: prepare(Versions::DELETE)?,
             put_position: prepare(
                 "UPDATE _resqlite_meta SET cluster_id = ?1, applied_index = ?2, applied_term = ?3,
                  applied_timestamp_ms = ?4",
@@ -607,10 +645,16 @@ fn open_tables(connection: &Connection) -> rusqlite::Result<Result<Position, Str
         return Ok(Err(format!("its encoding is {encoding}: only UTF-8 is supported")));
     }
     connection.execute_batch(&format!(
-        "BEGIN IMMEDIATE; {META_SCHEMA}; {};
+        "BEGIN IMMEDIATE; {META_SCHEMA}; {}; {};
          INSERT OR IGNORE INTO _resqlite_meta VALUES (0, {SCHEMA_FORMAT}, 0, 0, 0, 0); COMMIT",
-        Sessions::SCHEMA
+        Sessions::SCHEMA,
+        Versions::SCHEMA
     ))?;
+    stored_position(connection)
+}
+
+/// Where a database stands in the log; or, in words, why this version cannot tell.
+pub fn stored_position(connection: &Connection) -> rusqlite::Result<Result<Position, String>> {
     let columns =
         "SELECT format, cluster_id, applied_index, applied_term, applied_timestamp_ms FROM _resqlite_meta";
     connection.query_row(columns, [], |row| {

@@ -14,12 +14,15 @@ use std::{
     time::Duration,
 };
 
-use rusqlite::{CachedStatement, Connection, Error, OpenFlags, config::DbConfig, ffi, limits::Limit};
+use rusqlite::{
+    CachedStatement, Connection, Error, OpenFlags, Statement, config::DbConfig, ffi, limits::Limit,
+};
 
 use crate::{
     determinism::{
         self, Class,
         authorizer::{Guard, Phase, Role, StatementFacts},
+        bounded,
         random::{RandomSource, Sequence},
     },
     sqlite_ffi::{self, VfsState, WriterVfs},
@@ -104,6 +107,33 @@ impl Reader {
         determinism::classify_on_reader(&self.connection, &self.guard, sql)
     }
 
+    /// Like [`Self::read`], and tells `noted` what the answer depends on before there is any. Never from the
+    /// cache: of a statement in there the authorizer says nothing.
+    pub fn read_noting<T>(
+        &self,
+        sql: &str,
+        noted: impl FnOnce(&StatementFacts),
+        run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        self.guard.begin(Phase::Prepare);
+        let prepared = self.connection.prepare(sql);
+        let facts = self.guard.end();
+        noted(&facts);
+        let mut statement = prepared?;
+        if facts.transaction.is_some() || facts.pragma_writes || !statement.readonly() {
+            return Err(Error::InvalidQuery);
+        }
+        self.guard.begin(Phase::Step);
+        let result = run(&mut statement);
+        self.guard.end();
+        result
+    }
+
+    /// Learns which tables are virtual in the snapshot that is open.
+    pub fn learn_virtual_tables(&self) -> rusqlite::Result<()> {
+        self.guard.learn_virtual_tables(&self.connection)
+    }
+
     /// Prepares a text that [`Self::classify`] called [`Class::ReadOnly`], or takes it from the cache, and
     /// hands it to `run`. While it runs, users' rules hold.
     pub fn read<T>(
@@ -184,6 +214,7 @@ impl Writer {
         ))?;
         let guard = Guard::install(&connection, Role::Writer)?;
         let random = RandomSource::install(&connection, i64::from(MAX_VALUE_BYTES))?;
+        bounded::install(&connection)?;
         let changes_base = Arc::default();
         sqlite_ffi::count_changes_from(&connection, Arc::clone(&changes_base))?;
         let writer = Self {
@@ -215,6 +246,8 @@ impl Writer {
         if self.foreign_keys.get() != on {
             self.connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_FKEY, on)?;
             self.foreign_keys.set(on);
+            // What a statement writes depends on it: the actions of foreign keys.
+            self.forget_statements();
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 //!
 //! - [`authorizer`]: sees what a statement would do while it is prepared, and refuses what may not be,
 //! - [`pragma`]: the table of every PRAGMA and what becomes of it,
+//! - [`bounded`]: functions that would work for hours within one step,
 //! - [`random`]: `random()` and `randomblob()` from the request's seed.
 //!
 //! The clock is part of the writer's VFS. Nothing here knows of the log or of transactions, and nothing
@@ -13,6 +14,7 @@ use rusqlite::{Batch, Connection, Statement, ffi};
 use crate::classify;
 
 pub mod authorizer;
+pub mod bounded;
 pub mod pragma;
 pub mod random;
 

@@ -5,7 +5,7 @@
 
 mod statement;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use resqlite::api::{
     LoggedRequest, ReplyClass, SqlError, Statement as SourceStatement, StatementResult, StoredReply,
@@ -16,7 +16,7 @@ use rusqlite::{Statement, ffi};
 use crate::{
     classify::{self, Failure, Nature},
     connection::Writer,
-    determinism::authorizer::Phase,
+    determinism::authorizer::{Phase, StatementFacts},
     sqlite_ffi,
 };
 
@@ -49,6 +49,8 @@ pub(crate) type Remedies = BTreeMap<u32, Remedy>;
 /// What an executed request brought about.
 pub(crate) struct Executed {
     pub reply: StoredReply,
+    /// What is known of the statements that changed something, or may have.
+    pub wrote: Vec<Arc<StatementFacts>>,
     /// It wrote a virtual table. Full-text indexes gather changes in memory and may do more work at COMMIT,
     /// so the transaction must end here on every node.
     pub ends_group: bool,
@@ -70,8 +72,9 @@ impl From<Failure> for Halt {
     }
 }
 
-/// The statements around each request, prepared once for each group.
+/// Our own statements around each request, prepared once for each group.
 pub(crate) struct Savepoints<'c> {
+    change_nothing: Statement<'c>,
     save: Statement<'c>,
     release: Statement<'c>,
     rollback_to: Statement<'c>,
@@ -81,10 +84,16 @@ impl<'c> Savepoints<'c> {
     pub fn prepare(writer: &'c Writer) -> rusqlite::Result<Self> {
         let prepare = |sql| writer.connection.prepare(sql);
         Ok(Self {
+            change_nothing: prepare("DELETE FROM _resqlite_meta WHERE 0")?,
             save: prepare("SAVEPOINT request")?,
             release: prepare("RELEASE request")?,
             rollback_to: prepare("ROLLBACK TO request")?,
         })
+    }
+
+    /// Makes `changes()` 0, which a request could otherwise learn from the one before, or from our own writes.
+    fn reset_changes(&mut self) -> rusqlite::Result<()> {
+        self.change_nothing.raw_execute().map(drop)
     }
 
     fn save(&mut self) -> Result<(), Halt> {
@@ -116,6 +125,7 @@ pub(crate) struct Execution<'a, 'c> {
     result_bytes_left: u64,
     /// Of all statements so far that have not been tidied up after.
     facts: Effects,
+    wrote: Vec<Arc<StatementFacts>>,
     ends_group: bool,
 }
 
@@ -138,6 +148,7 @@ impl<'a, 'c> Execution<'a, 'c> {
         timestamp_ms: u64,
         remedies: &'a Remedies,
     ) -> Result<Executed, Stop> {
+        savepoints.reset_changes().map_err(Stop::Environment)?;
         writer.begin_request(timestamp_ms, &request.seed);
         let mut execution = Self {
             writer,
@@ -147,6 +158,7 @@ impl<'a, 'c> Execution<'a, 'c> {
             steps_left: request.step_budget.min(MAX_STEP_BUDGET),
             result_bytes_left: request.result_limit_bytes,
             facts: Effects::default(),
+            wrote: Vec::new(),
             ends_group: false,
         };
         let mut results = Vec::new();
@@ -162,8 +174,8 @@ impl<'a, 'c> Execution<'a, 'c> {
             Err(Halt::Failed(failure)) => Some(*failure),
             Err(Halt::Stopped(stop)) => return Err(stop),
         };
-        let ends_group = execution.ends_group;
-        Ok(Executed { reply: reply(index, results, error), ends_group })
+        let Self { wrote, ends_group, .. } = execution;
+        Ok(Executed { reply: reply(index, results, error), wrote, ends_group })
     }
 
     /// All statements or none.
@@ -179,6 +191,7 @@ impl<'a, 'c> Execution<'a, 'c> {
             Err(Halt::Stopped(stop)) => return Err(Halt::Stopped(stop)),
             Err(_) => {
                 results.clear();
+                self.wrote.clear();
                 self.savepoints.undo()?;
             }
         }
@@ -206,6 +219,7 @@ impl<'a, 'c> Execution<'a, 'c> {
     ) -> Result<(), Halt> {
         for (number, source) in (1..).zip(statements) {
             self.savepoints.save()?;
+            let wrote_before = self.wrote.len();
             let ended = self.statement(source, number, true).and_then(|result| {
                 self.check_foreign_keys(number)?;
                 Ok(result)
@@ -217,6 +231,7 @@ impl<'a, 'c> Execution<'a, 'c> {
                 }
                 Err(Halt::Stopped(stop)) => return Err(Halt::Stopped(stop)),
                 Err(halt) => {
+                    self.wrote.truncate(wrote_before);
                     self.savepoints.undo()?;
                     self.tidy_up()?;
                     return Err(halt);

@@ -98,6 +98,20 @@ fn last_insert_rowid_and_changes_start_afresh_for_every_request() {
 }
 
 #[test]
+fn changes_is_fresh_even_behind_a_trigger() {
+    // SQLite puts changes() back to its old value when a trigger ends: to what an earlier request left.
+    let mut machine = Machine::new();
+    machine.ok(&[
+        "CREATE TABLE t(a)",
+        "CREATE TABLE log(a)",
+        "CREATE TRIGGER tr AFTER INSERT ON t BEGIN INSERT INTO log VALUES (new.a); END",
+        "INSERT INTO log VALUES (1), (2), (3)",
+    ]);
+    machine.ok(&["INSERT INTO t VALUES (changes()), (changes()), (changes())"]);
+    assert_eq!(machine.read("SELECT group_concat(a) FROM t"), "0,0,0");
+}
+
+#[test]
 fn changing_the_schema_affects_no_rows() {
     let mut machine = Machine::new();
     let reply = machine.ok(&[

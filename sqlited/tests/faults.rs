@@ -14,10 +14,10 @@ const SETUP: [&str; 3] = [
 ];
 
 fn entries(machine: &mut Machine) -> Vec<LogEntry> {
-    let fill = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n WHERE i < 200)
+    let fill = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n WHERE i < 100)
                 INSERT INTO t(a, b) SELECT random(), randomblob(300) FROM n";
     let mut entries = Vec::new();
-    for round in 0..4 {
+    for round in 0..3 {
         let requests = [
             machine.request_atomic(&[fill, "UPDATE t SET a = random()"]),
             machine.request_script(&[fill, "INSERT INTO t(id) VALUES (1)", fill]),

@@ -5,8 +5,6 @@
 
 mod machine;
 
-use std::fmt::Write;
-
 use machine::{Machine, content, entry_at, noop_at, request, statement};
 use rand_chacha::{
     ChaCha8Rng,
@@ -227,11 +225,13 @@ impl Node {
 }
 
 fn first_difference(left: &str, right: &str) -> String {
-    let mut out = String::new();
+    let mut table = "";
     for (number, (left, right)) in left.lines().zip(right.lines()).enumerate() {
         if left != right {
-            write!(out, "line {number}:\n  {left}\n  {right}").unwrap();
-            return out;
+            return format!("line {number}, in {table}\n  {left}\n  {right}");
+        }
+        if left.starts_with("-- ") {
+            table = left;
         }
     }
     format!("{} and {} lines", left.lines().count(), right.lines().count())
@@ -293,13 +293,15 @@ fn run(seed: u64) {
     assert_alike(seed, &log, &[one, few, many, &restored]);
 }
 
+/// Seeds that have found something.
+const KEPT_SEEDS: [u64; 2] = [1, 221];
+
 #[test]
 fn random_scripts_end_alike_however_they_are_grouped_and_wherever_they_are_executed() {
-    let seeds = std::env::var("SQL_SEEDS").unwrap_or_else(|_| "0..25".into());
+    let seeds = std::env::var("SQL_SEEDS").unwrap_or_else(|_| "2..14".into());
     let (from, to) = seeds.split_once("..").expect("SQL_SEEDS=from..to");
-    for seed in from.parse::<u64>().unwrap()..to.parse().unwrap() {
-        run(seed);
-    }
+    let seeds = from.parse::<u64>().unwrap()..to.parse().unwrap();
+    KEPT_SEEDS.into_iter().chain(seeds).for_each(run);
 }
 
 #[test]

@@ -90,6 +90,14 @@ pub struct StatementFacts {
     pub changes_statistics: bool,
     /// It writes a virtual table.
     pub writes_virtual_table: bool,
+    /// The tables that it may change, its triggers' and foreign keys' included; in lower case.
+    pub written_tables: BTreeSet<String>,
+    /// The virtual tables that it changes or reads; in lower case.
+    pub virtual_tables: BTreeSet<String>,
+    /// The tables that it reads, on a reader; in lower case.
+    pub read_tables: BTreeSet<String>,
+    /// It reads more than the names of tables tell, such as through a virtual table or a PRAGMA; on a reader.
+    pub reads_everything: bool,
     /// Tables that it creates or alters: what they are called and refer to has to be checked afterwards.
     pub defined_tables: Vec<String>,
     /// At least one thing was asked. Not so for VACUUM, and for DROP IF EXISTS of what does not exist.
@@ -115,6 +123,10 @@ impl StatementFacts {
         self.drops_or_alters |= later.drops_or_alters;
         self.asked |= later.asked;
         self.defined_tables.extend(later.defined_tables);
+        self.written_tables.extend(later.written_tables);
+        self.virtual_tables.extend(later.virtual_tables);
+        self.read_tables.extend(later.read_tables);
+        self.reads_everything |= later.reads_everything;
     }
 }
 
@@ -236,6 +248,7 @@ impl State {
 
     fn read(&mut self, table: &str, column: &str) -> Authorization {
         let lower = table.to_ascii_lowercase();
+        self.note_read(&lower);
         let local = match lower.as_str() {
             // Page numbers depend on when transactions were committed, not only on what was.
             "sqlite_schema" | "sqlite_master" => {
@@ -253,6 +266,26 @@ impl State {
             self.facts.node_local.get_or_insert(what);
         }
         Authorization::Allow
+    }
+
+    /// Notes what the answer depends on, for those who must know when it changes. In doubt it is everything:
+    /// a virtual table reads others, and what SQLite keeps for itself is written without a word.
+    fn note_read(&mut self, table: &str) {
+        let of_virtual = |owner: &String| {
+            table.strip_prefix(owner.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+        };
+        if self.virtual_tables.contains(table) && !self.facts.virtual_tables.contains(table) {
+            self.facts.virtual_tables.insert(table.to_owned());
+        }
+        if self.role == Role::Writer {
+            return;
+        }
+        let own = table.starts_with("sqlite_") && !matches!(table, "sqlite_schema" | "sqlite_master");
+        let local = table.starts_with("pragma_") || NODE_LOCAL_TABLES.contains(&table);
+        self.facts.reads_everything |= own || local || self.virtual_tables.iter().any(of_virtual);
+        if !self.facts.read_tables.contains(table) {
+            self.facts.read_tables.insert(table.to_owned());
+        }
     }
 
     fn function(&mut self, name: &str) -> Authorization {
@@ -277,7 +310,12 @@ impl State {
             name => {
                 self.facts.changes_rows = true;
                 self.facts.changes_statistics |= name.starts_with("sqlite_stat");
-                self.facts.writes_virtual_table |= self.virtual_tables.contains(name);
+                if self.virtual_tables.contains(name) {
+                    self.facts.writes_virtual_table = true;
+                    self.facts.virtual_tables.insert(lower);
+                } else {
+                    self.facts.written_tables.insert(lower);
+                }
             }
         }
         Authorization::Allow
@@ -294,6 +332,7 @@ impl State {
     }
 
     fn pragma(&mut self, name: &str, value: Option<&str>) -> Authorization {
+        self.facts.reads_everything = true;
         // FTS5 asks for it while it runs.
         if self.phase == Phase::Step && value.is_none() && name == "data_version" {
             return Authorization::Allow;

@@ -89,6 +89,11 @@ impl<'c> Execution<'_, 'c> {
             }
             self.writer.random.set(Sequence::clone(&random));
         };
+        // The same one over and over, as a load of rows does it, counts once.
+        let may_write = facts.pragma_writes || !statement.readonly();
+        if may_write && self.wrote.last().is_none_or(|last| !Arc::ptr_eq(last, &facts)) {
+            self.wrote.push(Arc::clone(&facts));
+        }
         drop(statement);
         self.after_schema_change()?;
         self.check_definitions(&facts, number)?;
@@ -294,7 +299,7 @@ impl<'c> Execution<'_, 'c> {
         let check = || -> rusqlite::Result<bool> {
             let mut names = connection.prepare(
                 "SELECT count(*) FROM sqlite_schema WHERE lower(substr(name, 1, 10)) = ?1
-                 AND name NOT IN ('_resqlite_meta', '_resqlite_sessions')",
+                 AND name NOT IN ('_resqlite_meta', '_resqlite_sessions', '_resqlite_versions')",
             )?;
             let mut found: i64 = names.query_row([RESERVED_PREFIX], |row| row.get(0))?;
             let mut parents = connection.prepare(

@@ -224,6 +224,7 @@ pub fn request(index: u64, body: Body) -> LoggedRequest {
         foreign_keys: true,
         step_budget: 10_000_000,
         result_limit_bytes: 1 << 20,
+        reads: None,
         body: Some(body),
     }
 }
