@@ -6,6 +6,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
+    fmt,
     path::Path,
     sync::{
         Arc,
@@ -94,6 +95,12 @@ pub fn open_reader(path: &Path) -> rusqlite::Result<Reader> {
     connection.execute_batch("PRAGMA query_only = ON")?;
     let guard = Guard::install(&connection, Role::Reader)?;
     Ok(Reader { connection, guard })
+}
+
+impl fmt::Debug for Reader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Reader").field(&self.connection.path()).finish()
+    }
 }
 
 impl Reader {
