@@ -7,10 +7,18 @@
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod bad_input;
+mod budget;
+mod consistency;
 mod durability;
+mod exactly_once;
 mod harness;
+mod large_results;
+mod logictest;
+mod logictest_format;
 mod playground;
+mod random_scripts;
 mod real_data;
 mod reflection;
 mod survival;
+mod transactions;
 mod visibility;
