@@ -30,6 +30,10 @@ use crate::{
 /// The format of [`LoggedRequest`] that this version writes and reads.
 pub const REQUEST_FORMAT: u32 = 1;
 
+/// Once replies are so large together they are handed over before more is executed: entries are small, but what
+/// they return may not be, and a node that starts again meets the same entries again.
+const REPLY_BYTES_AT_ONCE: usize = 16 << 20;
+
 /// The format of the server's own tables.
 const SCHEMA_FORMAT: i64 = 1;
 
@@ -239,8 +243,8 @@ struct Item<'e> {
 
 /// How a group ended.
 enum Group {
-    /// So many entries are committed.
-    Committed(usize),
+    /// So many entries are committed, and their replies are so large.
+    Committed { done: usize, reply_bytes: usize },
     /// The transaction is gone: execute it again, with this knowledge about its last entry.
     Lost { at: usize, statement: u32, remedy: execute::Remedy },
     /// This entry has to be the first of a group.
@@ -327,9 +331,9 @@ impl Applier {
     ///
     /// The replies are appended to `applied` once they are committed, also when a later entry fails: so the
     /// position and the replies always agree. After an error the same entries, from the position on, may be
-    /// tried again.
+    /// tried again. Large replies end it early, without an error: call it again with the rest.
     pub fn apply(&mut self, entries: &[LogEntry], applied: &mut Vec<Applied>) -> Result<(), ApplyError> {
-        let mut rest = entries;
+        let (mut rest, mut reply_bytes) = (entries, 0);
         while let Some(first) = rest.first() {
             if self.in_disorder {
                 self.recover(first.index)?;
@@ -338,14 +342,22 @@ impl Applier {
             if first.index != expected {
                 return Err(ApplyError::Gap { expected, got: first.index });
             }
-            let done = self.apply_group(rest, applied)?;
+            let (done, group_reply_bytes) = self.apply_group(rest, applied)?;
             rest = &rest[done..];
+            reply_bytes += group_reply_bytes;
+            if reply_bytes >= REPLY_BYTES_AT_ONCE {
+                return Ok(());
+            }
         }
         Ok(())
     }
 
-    /// Applies at least one entry and returns how many.
-    fn apply_group(&mut self, entries: &[LogEntry], applied: &mut Vec<Applied>) -> Result<usize, ApplyError> {
+    /// Applies at least one entry; returns how many, and how large the replies are.
+    fn apply_group(
+        &mut self,
+        entries: &[LogEntry],
+        applied: &mut Vec<Applied>,
+    ) -> Result<(usize, usize), ApplyError> {
         let mut items = self.decode_group(entries)?;
         let mut remedies = Remedies::new();
         let mut replies = Vec::new();
@@ -353,9 +365,9 @@ impl Applier {
         loop {
             replies.clear();
             match self.run_group(&items, &remedies, &mut replies) {
-                Ok(Group::Committed(done)) => {
+                Ok(Group::Committed { done, reply_bytes }) => {
                     applied.append(&mut replies);
-                    return Ok(done);
+                    return Ok((done, reply_bytes));
                 }
                 Ok(Group::Lost { at, statement, remedy }) => {
                     // The remedies are about the last entry of the group only.
@@ -461,7 +473,7 @@ impl Applier {
         let mut own = OwnStatements::prepare(&self.writer.connection).map_err(at_start)?;
         let mut savepoints = Savepoints::prepare(&self.writer).map_err(at_start)?;
         own.begin.raw_execute().map_err(at_start)?;
-        let mut done = 0;
+        let (mut done, mut reply_bytes) = (0, 0);
         for (at, item) in items.iter().enumerate() {
             let trouble = |error| Trouble { at, error };
             let none = Remedies::new();
@@ -473,9 +485,10 @@ impl Applier {
             let memory = Memory { sessions: &mut self.sessions, versions: &mut self.versions };
             match run_request(&self.writer, memory, &mut savepoints, request, item.entry, remedies) {
                 Ok((reply, ends_group)) => {
+                    reply_bytes += reply.reply.encoded_len();
                     replies.push(reply);
                     done = at + 1;
-                    if ends_group {
+                    if ends_group || reply_bytes >= REPLY_BYTES_AT_ONCE {
                         break;
                     }
                 }
@@ -505,7 +518,7 @@ impl Applier {
         self.position.applied_term = last.term;
         self.position.applied_timestamp_ms = last.timestamp_ms;
         self.durability.applied_index.store(last.index, Ordering::Release);
-        Ok(Group::Committed(done))
+        Ok(Group::Committed { done, reply_bytes })
     }
 
     /// Back to the last committed state, in the database and in memory. It may fail itself, and is then due again.
@@ -585,7 +598,7 @@ fn with_session<E>(
         let failure = Failure::new(ReplyClass::Invalid, ffi::SQLITE_ERROR, 0, message);
         return Ok((applied(ClientId::default(), 0, refused(failure)), false));
     };
-    let admission = sessions.admit(client, id, index, entry.timestamp_ms, request.server_made_id);
+    let admission = sessions.admit(client, id, index, entry.timestamp_ms);
     let (reply, ends_group) = match admission {
         Admission::Execute => {
             let (reply, ends_group) = execute()?;

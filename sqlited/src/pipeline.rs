@@ -9,7 +9,7 @@
 use std::{
     io,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
         mpsc as blocking,
     },
@@ -23,9 +23,10 @@ use rusqlite::InterruptHandle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use crate::{
-    apply::{Applied, Applier, ApplyError, Durability, Position},
+    apply::{Applied, Applier, ApplyError, ApplySettings, Durability, Position},
     facts::Facts,
     limits::{APPLY_GROUP_BYTES, DURABLE_EVERY, DURABLE_EVERY_ENTRIES, FOLLOW_QUEUE_BYTES},
+    snapshot::{Exclusive, Incoming},
     waiters::Waiters,
 };
 
@@ -58,6 +59,16 @@ enum Command {
     Apply(Queued),
     /// Where the database stands once everything before this is applied.
     Position(oneshot::Sender<Position>),
+    Replace(Replacement),
+}
+
+/// A snapshot that the database is to become.
+#[derive(Debug)]
+struct Replacement {
+    incoming: Incoming,
+    /// Nobody else has the database open until this goes.
+    exclusive: Exclusive,
+    done: oneshot::Sender<Result<(), String>>,
 }
 
 /// Entries, and the room that they take in the queue until they are applied.
@@ -90,6 +101,14 @@ impl Handle {
         position.await.ok()
     }
 
+    /// Replaces the database by a snapshot once all that was queued is applied. An error says in words why it was
+    /// not done; the database is then as it was. None: the pipeline has ended.
+    pub async fn replace(&self, incoming: Incoming, exclusive: Exclusive) -> Option<Result<(), String>> {
+        let (done, replaced) = oneshot::channel();
+        self.send(Command::Replace(Replacement { incoming, exclusive, done }));
+        replaced.await.ok()
+    }
+
     fn send(&self, command: Command) {
         // Only an ended pipeline takes nothing more, and its end ends the daemon.
         drop(self.commands.send(command));
@@ -110,7 +129,7 @@ pub struct Pipeline {
     events: mpsc::Receiver<Event>,
     progress: watch::Receiver<Progress>,
     stop: Arc<AtomicBool>,
-    interrupt: InterruptHandle,
+    interrupt: Arc<Mutex<InterruptHandle>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -123,6 +142,9 @@ pub enum PipelineError {
     /// What was applied could not be made durable. No later sync of the file could be trusted.
     #[error("cannot sync the write-ahead log: {0}: check the disk, then start sqlited again")]
     Sync(io::Error),
+    /// A snapshot was received and recorded, but not put in the database's place.
+    #[error("cannot replace the database by the snapshot beside it: {0}: a start of sqlited tries again")]
+    Install(io::Error),
     /// A defect of ours: the thread's own last words are in the log.
     #[error("the applying thread has ended unexpectedly")]
     Ended,
@@ -140,8 +162,15 @@ impl Pipeline {
         let stop = Arc::new(AtomicBool::new(false));
 
         let syncer = Syncer { wal: applier.durability(), applied: to_sync, publish, events: events.clone() };
-        let interrupt = applier.interrupt_handle();
-        let worker = Worker { applier, queue, events, applied, stop: Arc::clone(&stop) };
+        let interrupt = Arc::new(Mutex::new(applier.interrupt_handle()));
+        let worker = Worker {
+            applier,
+            queue,
+            events,
+            applied,
+            stop: Arc::clone(&stop),
+            interrupt: Arc::clone(&interrupt),
+        };
         let threads = vec![
             thread::Builder::new().name("apply".into()).spawn(move || worker.run())?,
             thread::Builder::new().name("wal-sync".into()).spawn(move || syncer.run())?,
@@ -192,7 +221,7 @@ impl Pipeline {
         stop.store(true, Ordering::Release);
         drop((handle, events));
         // What is interrupted is rolled back, and applied after the next start.
-        interrupt.interrupt();
+        interrupt.lock().unwrap_or_else(PoisonError::into_inner).interrupt();
         for thread in threads {
             thread.thread().unpark();
             if thread.join().is_err() {
@@ -231,8 +260,9 @@ struct Worker {
     applier: Applier,
     queue: blocking::Receiver<Command>,
     events: mpsc::Sender<Event>,
-    applied: blocking::Sender<u64>,
+    applied: blocking::Sender<ToSync>,
     stop: Arc<AtomicBool>,
+    interrupt: Arc<Mutex<InterruptHandle>>,
 }
 
 impl Worker {
@@ -240,6 +270,13 @@ impl Worker {
         let mut next = None;
         while let Some(command) = next.take().or_else(|| self.queue.recv().ok()) {
             let done = match command {
+                Command::Replace(replacement) => match self.replace(replacement) {
+                    Some(worker) => {
+                        self = worker;
+                        Ok(())
+                    }
+                    None => return,
+                },
                 Command::Position(answer) => {
                     // Who asked may have given up.
                     let _ = answer.send(self.applier.position());
@@ -260,6 +297,37 @@ impl Worker {
                 return;
             }
         }
+    }
+
+    /// Becomes a snapshot, with a new connection. None: that failed half-way, and this process cannot go on.
+    fn replace(self, Replacement { incoming, exclusive, done }: Replacement) -> Option<Self> {
+        let settings = self.applier.settings();
+        let Self { applier, queue, events, applied, stop, interrupt } = self;
+        let applier = match make_way(applier, &incoming) {
+            Err((applier, why)) => {
+                incoming.discard();
+                let _ = done.send(Err(why));
+                applier
+            }
+            Ok(()) => match become_snapshot(incoming, settings) {
+                Err(error) => {
+                    drop(events.blocking_send(Event::Failed(error)));
+                    return None;
+                }
+                Ok(applier) => {
+                    let index = applier.position().applied_index;
+                    *interrupt.lock().unwrap_or_else(PoisonError::into_inner) = applier.interrupt_handle();
+                    // Only its own database's write-ahead log may be synced from here on.
+                    let _ = applied.send(ToSync::Replaced(applier.durability(), index));
+                    // Whoever waits for a request that came in the snapshot asks again, and finds its reply.
+                    drop(events.blocking_send(Event::Applied { applied: Vec::new(), index }));
+                    let _ = done.send(Ok(()));
+                    applier
+                }
+            },
+        };
+        drop(exclusive);
+        Some(Self { applier, queue, events, applied, stop, interrupt })
     }
 
     /// All that has come in, up to a bound, and the command that follows it.
@@ -293,12 +361,14 @@ impl Worker {
                 pause = MIN_RETRY;
                 self.tell(Event::Applied { applied, index });
                 // The syncing thread only ends before us when it has failed, and has said so.
-                let _ = self.applied.send(index);
+                let _ = self.applied.send(ToSync::Applied(index));
             }
-            let Err(error) = result else { return Ok(()) };
-            if self.stopping() {
+            let all_applied = entries.last().is_none_or(|last| last.index <= index);
+            if all_applied || self.stopping() {
                 return Ok(());
             }
+            // Large replies were to be handed over first.
+            let Err(error) = result else { continue };
             self.wait_for_remedy(error, &mut pause)?;
             if self.stopping() {
                 return Ok(());
@@ -336,25 +406,63 @@ impl Worker {
     }
 }
 
+/// Closes the database for a snapshot that is ahead of it; otherwise says why not.
+fn make_way(applier: Applier, incoming: &Incoming) -> Result<(), (Applier, String)> {
+    let (own, snapshot) = (applier.position().applied_index, incoming.position().applied_index);
+    if own >= snapshot {
+        // It came late; becoming it would rewind the log.
+        return Err((applier, format!("the database is at index {own}, the snapshot only at {snapshot}")));
+    }
+    applier.close_alone().map_err(|(applier, error)| {
+        (*applier, format!("the database cannot be closed; end other programs that use it ({error})"))
+    })
+}
+
+/// Puts the snapshot in the closed database's place and opens it.
+fn become_snapshot(incoming: Incoming, settings: ApplySettings) -> Result<Applier, PipelineError> {
+    let database = incoming.database().to_owned();
+    incoming.install().map_err(PipelineError::Install)?;
+    Applier::open(&database, settings).map_err(PipelineError::Apply)
+}
+
+/// News for the thread that syncs.
+enum ToSync {
+    /// Everything up to this index is applied.
+    Applied(u64),
+    /// The database was replaced by one at this index.
+    Replaced(Durability, u64),
+}
+
 /// The thread that makes durable what was applied, off the path of replies.
 struct Syncer {
     wal: Durability,
-    applied: blocking::Receiver<u64>,
+    applied: blocking::Receiver<ToSync>,
     publish: watch::Sender<Progress>,
     events: mpsc::Sender<Event>,
 }
 
 impl Syncer {
-    fn run(self) {
+    /// The index that the news is about.
+    fn note(&mut self, news: ToSync) -> u64 {
+        match news {
+            ToSync::Applied(index) => index,
+            ToSync::Replaced(wal, index) => {
+                self.wal = wal;
+                index
+            }
+        }
+    }
+
+    fn run(mut self) {
         let mut durable_index = 0;
         while let Ok(first) = self.applied.recv() {
             let enough = durable_index + DURABLE_EVERY_ENTRIES;
-            let mut applied_index = first;
+            let mut applied_index = self.note(first);
             let until = Instant::now() + DURABLE_EVERY;
             while applied_index < enough
                 && let Ok(more) = self.applied.recv_timeout(until.saturating_duration_since(Instant::now()))
             {
-                applied_index = more;
+                applied_index = self.note(more);
             }
             durable_index = match self.wal.sync() {
                 Ok(index) => index,
@@ -372,10 +480,7 @@ impl Syncer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        apply::{ApplySettings, REQUEST_FORMAT},
-        version::execution_version,
-    };
+    use crate::{apply::REQUEST_FORMAT, version::execution_version};
     use resqlite::api::{
         LogEntryKind, LoggedRequest, RequestId, Statement, StatementList, logged_request::Body,
     };
@@ -400,6 +505,7 @@ mod tests {
             foreign_keys: true,
             step_budget: 1_000_000,
             result_limit_bytes: 1_000_000,
+            reads: None,
             body: Some(Body::Atomic(StatementList { statements: vec![statement] })),
         };
         LogEntry {

@@ -24,13 +24,15 @@ pub const WINDOW_MS: u64 = 3_600_000;
 /// How many sessions are kept. Not fewer than [`WINDOW_ENTRIES`]: when it is reached, the one that has been
 /// quiet for longest has been so for that many entries, and gives way without waiting for its time.
 pub const MAX_SESSIONS: usize = 100_000;
-/// How many replies that the client has not acknowledged are kept for one session.
+/// How many replies that the client has not acknowledged are kept for one session; beyond that the oldest go, and only
+/// that the request was applied is remembered.
 pub const MAX_REPLIES: usize = 1_024;
-/// How many applied requests without a reply are remembered for one session.
+/// How many applied requests are remembered for one session; a client that has not acknowledged as many is refused.
 pub const MAX_MARKERS: usize = 65_536;
-/// How many bytes of replies one session may hold before it must acknowledge some.
+/// How many bytes of replies one session may hold; beyond that the oldest go. Far below what a row may measure.
 pub const MAX_SESSION_BYTES: usize = 4 << 20;
-/// How many bytes of replies all sessions may hold together before clients must acknowledge some.
+/// How many bytes of replies all sessions may hold together; beyond that those of the sessions that have been quiet
+/// for longest go.
 pub const MAX_TOTAL_BYTES: usize = 64 << 20;
 
 /// A client's name: 16 bytes.
@@ -46,6 +48,10 @@ struct Session {
     /// Of the replies in `applied`.
     replies: usize,
     bytes: usize,
+    /// No reply is kept below this sequence.
+    kept_from: u64,
+    /// The entry that began the session: what was applied for the client before, and forgotten, lies before it.
+    begun_index: u64,
     last_index: u64,
     last_timestamp_ms: u64,
 }
@@ -67,6 +73,30 @@ struct StoredSession {
     sequences: Vec<u64>,
     #[prost(bytes = "bytes", repeated, tag = "6")]
     replies: Vec<Bytes>,
+    #[prost(uint64, tag = "7")]
+    begun_index: u64,
+}
+
+impl Session {
+    /// Keeps of a reply only that the request was applied. Returns its size.
+    fn drop_reply(&mut self, sequence: u64) -> usize {
+        let Some(reply) = self.applied.get_mut(&sequence).and_then(Option::take) else { return 0 };
+        self.replies -= 1;
+        self.bytes -= reply.len();
+        reply.len()
+    }
+
+    /// Drops the oldest replies beyond the bounds. Returns how many bytes that gave back.
+    fn shrink(&mut self, max_replies: usize, max_bytes: usize) -> usize {
+        let mut freed_bytes = 0;
+        while self.replies > max_replies || self.bytes > max_bytes {
+            let oldest = self.applied.range(self.kept_from..).find(|(_, reply)| reply.is_some());
+            let Some((&oldest, _)) = oldest else { break };
+            freed_bytes += self.drop_reply(oldest);
+            self.kept_from = oldest + 1;
+        }
+        freed_bytes
+    }
 }
 
 /// What is to be done with a request.
@@ -109,14 +139,7 @@ impl Sessions {
     }
 
     /// Decides about the request of the entry at `index`, and notes what it acknowledges.
-    pub fn admit(
-        &mut self,
-        client: ClientId,
-        id: &RequestId,
-        index: u64,
-        timestamp_ms: u64,
-        server_made: bool,
-    ) -> Admission {
+    pub fn admit(&mut self, client: ClientId, id: &RequestId, index: u64, timestamp_ms: u64) -> Admission {
         self.expire(index, timestamp_ms);
         if !self.sessions.contains_key(&client) {
             if id.made_at_index.saturating_add(WINDOW_ENTRIES) <= index {
@@ -134,30 +157,52 @@ impl Sessions {
             Some(None) => return expired("the request was applied before; its reply was not kept"),
             None => {}
         }
-        let full = if server_made {
-            session.applied.len() - session.replies >= MAX_MARKERS
-        } else {
-            session.replies >= MAX_REPLIES
-                || session.bytes >= MAX_SESSION_BYTES
-                || self.bytes >= MAX_TOTAL_BYTES
-        };
-        if full {
-            let message = "too many replies are kept: acknowledge those that were received";
+        // It may have been applied in an earlier session of this client, which was forgotten since.
+        if id.made_at_index.saturating_add(WINDOW_ENTRIES) <= session.begun_index {
+            return expired("the request is older than what is remembered of this client");
+        }
+        if session.applied.len() >= MAX_MARKERS {
+            let message = "too many requests are remembered: acknowledge the replies that were received";
             return refused(ReplyClass::Limit, message);
         }
         Admission::Execute
     }
 
-    /// Remembers what came of an admitted request.
+    /// Remembers what came of an admitted request: the reply, as far as there is room, and in any case that it was
+    /// applied.
     pub fn record(&mut self, client: ClientId, sequence: u64, reply: &StoredReply, server_made: bool) {
         let Some(session) = self.sessions.get_mut(&client) else { return };
-        let kept = (!server_made).then(|| Bytes::from(reply.encode_to_vec()));
-        let bytes = kept.as_ref().map_or(0, Bytes::len);
-        session.replies += usize::from(kept.is_some());
-        session.bytes += bytes;
-        self.bytes += bytes;
-        session.applied.insert(sequence, kept);
         self.dirty.insert(client);
+        if server_made {
+            session.applied.insert(sequence, None);
+            return;
+        }
+        let reply = Bytes::from(reply.encode_to_vec());
+        session.replies += 1;
+        session.bytes += reply.len();
+        self.bytes += reply.len();
+        session.applied.insert(sequence, Some(reply));
+        session.kept_from = session.kept_from.min(sequence);
+        self.bytes -= session.shrink(MAX_REPLIES, MAX_SESSION_BYTES);
+        self.shrink_quietest();
+    }
+
+    /// Drops replies of the sessions that have been quiet for longest until the total is within its bound. A client
+    /// that left without acknowledging must not stand in the way of others.
+    fn shrink_quietest(&mut self) {
+        if self.bytes <= MAX_TOTAL_BYTES {
+            return;
+        }
+        for client in self.by_use.values() {
+            let Some(session) = self.sessions.get_mut(client) else { continue };
+            if session.bytes > 0 {
+                self.bytes -= session.shrink(0, 0);
+                self.dirty.insert(*client);
+            }
+            if self.bytes <= MAX_TOTAL_BYTES {
+                return;
+            }
+        }
     }
 
     /// Writes what was touched since [`Self::committed`]. `put` takes client id and state, `delete` a client id.
@@ -227,7 +272,7 @@ impl Sessions {
                 self.by_use.remove(&session.last_index);
                 session
             }
-            Entry::Vacant(place) => place.insert(Session::default()),
+            Entry::Vacant(place) => place.insert(Session { begun_index: index, ..Session::default() }),
         };
         session.last_index = index;
         session.last_timestamp_ms = timestamp_ms;
@@ -265,6 +310,7 @@ fn encode(session: &Session) -> Vec<u8> {
         floor: session.floor,
         last_index: session.last_index,
         last_timestamp_ms: session.last_timestamp_ms,
+        begun_index: session.begun_index,
         ..StoredSession::default()
     };
     for (&sequence, reply) in &session.applied {
@@ -293,6 +339,8 @@ fn decode(state: &[u8]) -> rusqlite::Result<Session> {
         applied: markers.chain(with_reply).collect(),
         replies,
         bytes,
+        kept_from: 0,
+        begun_index: stored.begun_index,
         last_index: stored.last_index,
         last_timestamp_ms: stored.last_timestamp_ms,
     })

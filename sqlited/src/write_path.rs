@@ -16,7 +16,7 @@ use std::{
 use bytes::Bytes;
 use prost::Message;
 use resqlite::{
-    api::{LoggedRequest, RequestId, StoredReply, logged_request::Body},
+    api::{LoggedRequest, ReadSet, RequestId, StoredReply, logged_request::Body},
     daemon::Shutdown,
 };
 use tokio::{
@@ -96,11 +96,13 @@ impl WritePath {
         Ok(Self { link, waiters, facts, settings, own_ids, bytes_waiting, shutdown })
     }
 
-    /// Writes, and returns the reply of the execution on this node, which may be an SQL error.
+    /// Writes, and returns the reply of the execution on this node, which may be an SQL error. `reads`:
+    /// only if all of that still holds.
     pub async fn write(
         &self,
         id: WriteId,
         foreign_keys: bool,
+        reads: Option<ReadSet>,
         body: Body,
         deadline: Instant,
     ) -> Result<Arc<StoredReply>, Status> {
@@ -108,7 +110,10 @@ impl WritePath {
         let (id, own_id) = match id {
             WriteId::ServerMade => {
                 let own_id = self.own_ids.take();
-                let id = RequestId { made_at_index: self.facts.applied_index(), ..own_id.request_id() };
+                // The id is new, so nothing of it is in the log yet: the highest index known, also to a node that
+                // has yet to catch up.
+                let made_at_index = self.facts.applied_index().max(self.link.state().borrow().commit_index);
+                let id = RequestId { made_at_index, ..own_id.request_id() };
                 (id, Some(own_id))
             }
             WriteId::ClientMade { id, part } => (part_id(id, part)?, None),
@@ -123,6 +128,7 @@ impl WritePath {
             foreign_keys,
             step_budget: self.settings.step_budget,
             result_limit_bytes: self.settings.result_limit_bytes,
+            reads,
             body: Some(body),
         };
         let payload = self.encoded(&request)?;

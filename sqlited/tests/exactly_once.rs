@@ -4,7 +4,7 @@ mod machine;
 
 use machine::{Machine, entry_at};
 use resqlite::api::{LoggedRequest, ReplyClass, RequestId, StoredReply};
-use sqlited::sessions::{MAX_REPLIES, WINDOW_ENTRIES, WINDOW_MS};
+use sqlited::sessions::{MAX_REPLIES, MAX_SESSION_BYTES, MAX_TOTAL_BYTES, WINDOW_ENTRIES, WINDOW_MS};
 
 /// An insert by a client that names its requests.
 fn insert(machine: &Machine, client: u8, sequence: u64) -> LoggedRequest {
@@ -133,16 +133,63 @@ fn an_unknown_client_with_a_recent_request_is_welcome() {
     assert_eq!(machine.apply(request).class(), ReplyClass::Ok);
 }
 
+/// A request that returns so many bytes.
+fn returning(machine: &Machine, client: u8, sequence: u64, bytes: usize) -> LoggedRequest {
+    let body = machine.request_atomic(&[&format!("SELECT zeroblob({bytes})")]).body;
+    LoggedRequest { body, result_limit_bytes: 64 << 20, ..insert(machine, client, sequence) }
+}
+
 #[test]
-fn a_session_with_too_many_replies_has_to_acknowledge() {
+fn beyond_its_bound_a_session_remembers_of_the_oldest_only_that_they_were_applied() {
     let mut machine = with_table();
     let requests = (1..=MAX_REPLIES as u64 + 1).map(|sequence| insert(&machine, 1, sequence)).collect();
     let replies = machine.apply_all(requests);
-    assert!(replies[..MAX_REPLIES].iter().all(|reply| reply.class() == ReplyClass::Ok));
-    assert_eq!(replies[MAX_REPLIES].class(), ReplyClass::Limit);
-    let mut next = insert(&machine, 1, MAX_REPLIES as u64 + 1);
-    next.id.as_mut().unwrap().acknowledged_below = 2;
-    assert_eq!(machine.apply(next).class(), ReplyClass::Ok);
+    assert!(replies.iter().all(|reply| reply.class() == ReplyClass::Ok));
+    let oldest = machine.apply(insert(&machine, 1, 1));
+    assert_eq!(oldest.class(), ReplyClass::Expired, "applied before, its reply was not kept");
+    assert_eq!(machine.apply(insert(&machine, 1, 2)), replies[1]);
+    assert_eq!(count(&machine), (MAX_REPLIES + 1).to_string(), "nothing was applied twice");
+}
+
+#[test]
+fn a_reply_as_large_as_a_value_may_be_is_given_and_not_kept() {
+    let mut machine = with_table();
+    let largest = returning(&machine, 1, 1, (16 << 20) - 64);
+    let first = machine.apply(largest.clone());
+    assert_eq!(first.class(), ReplyClass::Ok, "{:?}", first.error);
+    assert_eq!(machine.apply(largest).class(), ReplyClass::Expired, "its reply was not kept");
+    assert_eq!(machine.apply(insert(&machine, 1, 2)).class(), ReplyClass::Ok);
+}
+
+#[test]
+fn clients_that_left_without_acknowledging_stand_in_nobodys_way() {
+    let mut machine = with_table();
+    let each = MAX_SESSION_BYTES - 1_024;
+    let clients = MAX_TOTAL_BYTES / each + 2;
+    for client in 0..clients {
+        let reply = machine.apply(returning(&machine, client as u8 + 1, 1, each));
+        assert_eq!(reply.class(), ReplyClass::Ok, "client {client}");
+    }
+    let quietest = machine.apply(returning(&machine, 1, 1, each));
+    assert_eq!(quietest.class(), ReplyClass::Expired, "applied before, its reply was not kept");
+    let latest = machine.apply(returning(&machine, clients as u8, 1, each));
+    assert_eq!(latest.class(), ReplyClass::Ok, "its reply was kept");
+}
+
+#[test]
+fn what_an_earlier_session_of_the_client_may_have_applied_is_not_applied_again() {
+    let mut machine = with_table();
+    let lost = insert(&machine, 1, 5);
+    assert_eq!(machine.apply(lost.clone()).class(), ReplyClass::Ok);
+    // Log time passes with the entries, by a second each.
+    machine.skip_to(WINDOW_ENTRIES + 1_000);
+    // Another request of the same client finds the session forgotten, and begins a new one.
+    let mut later = insert(&machine, 1, 6);
+    later.id.as_mut().unwrap().made_at_index = WINDOW_ENTRIES;
+    later.id.as_mut().unwrap().acknowledged_below = 5;
+    assert_eq!(machine.apply(later).class(), ReplyClass::Ok);
+    assert_eq!(machine.apply(lost).class(), ReplyClass::Expired);
+    assert_eq!(count(&machine), "2");
 }
 
 #[test]
