@@ -103,6 +103,8 @@ pub struct Sqlited {
     pub max_result_bytes: u64,
     /// How many SQLite virtual machine steps one write request may take.
     pub step_budget: u64,
+    /// How fast a snapshot is sent to a node that was left behind, at most.
+    pub snapshot_bytes_per_second: u64,
 }
 
 impl Default for Cluster {
@@ -139,6 +141,7 @@ impl Default for Sqlited {
             max_result_bytes: 16 << 20,
             // A few seconds of work: for as long nothing else is applied, on any node.
             step_budget: 50_000_000,
+            snapshot_bytes_per_second: 64 << 20,
         }
     }
 }
@@ -302,6 +305,7 @@ impl Config {
         in_range("readers", self.sqlited.readers as u64, 1, 256)?;
         in_range("max_request_bytes", self.sqlited.max_request_bytes, 1 << 10, 64 << 20)?;
         in_range("max_result_bytes", self.sqlited.max_result_bytes, 1 << 10, 64 << 20)?;
+        in_range("snapshot_bytes_per_second", self.sqlited.snapshot_bytes_per_second, 1 << 20, 1 << 40)?;
         in_range("step_budget", self.sqlited.step_budget, 10_000, 1 << 40)
     }
 

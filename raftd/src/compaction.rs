@@ -2,14 +2,22 @@
 //!
 //! Never more than the state machine beside us holds durably; and of that, a
 //! tail stays for followers that lag, bounded in entries and in bytes. While a
-//! snapshot is on its way to a peer, what the peer will need after it stays.
+//! snapshot is on its way to a peer, what the peer will need after it stays, and
+//! for a while afterwards what it has yet to fetch: a busy cluster's tail may be
+//! shorter than what was written meanwhile, and the peer would need a snapshot again.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::{Duration, Instant},
+};
 
 use raft::{Entry, Index, NodeId};
 
 /// Entries are counted in steps of about so many bytes: exact enough for a tail of many of them.
 const STEP_BYTES: u64 = 1 << 20;
+
+/// How long a peer that has got a snapshot may take to fetch what was written meanwhile.
+const CATCH_UP_PATIENCE: Duration = Duration::from_secs(120);
 
 /// Decides on compaction; carries out nothing.
 #[derive(Debug)]
@@ -17,11 +25,19 @@ pub struct Compaction {
     tail_entries: u64,
     tail_bytes: u64,
     durable_index: Index,
-    /// The first index that a transfer to a peer will still need after its snapshot.
-    holds: BTreeMap<NodeId, Index>,
+    holds: BTreeMap<NodeId, Hold>,
     /// Up to which index how many bytes were added in this process's life, oldest first.
     steps: VecDeque<(Index, u64)>,
     added_bytes: u64,
+}
+
+/// What a peer still needs.
+#[derive(Debug)]
+struct Hold {
+    /// Everything after this.
+    after: Index,
+    /// None while its snapshot is on its way.
+    until: Option<Instant>,
 }
 
 impl Compaction {
@@ -54,19 +70,41 @@ impl Compaction {
 
     /// A peer is being brought a snapshot, which will not be older than what is durable now.
     pub fn hold(&mut self, peer: NodeId) {
-        self.holds.insert(peer, self.durable_index);
+        self.holds.insert(peer, Hold { after: self.durable_index, until: None });
     }
 
-    /// The transfer to a peer has ended.
+    /// The transfer to a peer has failed.
     pub fn release(&mut self, peer: NodeId) {
         self.holds.remove(&peer);
+    }
+
+    /// A peer has a snapshot up to this index, and fetches what follows from the log.
+    pub fn hold_after_snapshot(&mut self, peer: NodeId, index: Index, now: Instant) {
+        self.holds.insert(peer, Hold { after: index, until: Some(now + CATCH_UP_PATIENCE) });
+    }
+
+    /// Whether somebody is to be asked where the peers are.
+    pub fn is_holding(&self) -> bool {
+        !self.holds.is_empty()
+    }
+
+    /// A peer's log equals ours up to here.
+    pub fn peer_is_at(&mut self, peer: NodeId, index: Index) {
+        if let Some(hold) = self.holds.get_mut(&peer).filter(|hold| hold.until.is_some()) {
+            hold.after = hold.after.max(index);
+        }
+    }
+
+    /// Ends the holds whose time has passed: a peer that has gone, or is too slow, must not fill our disk.
+    pub fn expire_holds(&mut self, now: Instant) {
+        self.holds.retain(|_, hold| hold.until.is_none_or(|until| now < until));
     }
 
     /// The index to compact to, once it is worth the work.
     pub fn due(&mut self, base: Index) -> Option<Index> {
         let by_entries = self.durable_index.saturating_sub(self.tail_entries);
         let to = by_entries.max(self.beyond_tail_bytes()).min(self.durable_index);
-        let to = self.holds.values().fold(to, |to, hold| to.min(*hold));
+        let to = self.holds.values().fold(to, |to, hold| to.min(hold.after));
         while self.steps.front().is_some_and(|(index, _)| *index <= to) {
             self.steps.pop_front();
         }

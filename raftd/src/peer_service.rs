@@ -23,8 +23,8 @@ use crate::{
     snapshots::{Snapshots, position_from_wire},
 };
 
-/// How long the state machine may take to become a snapshot that it has received whole.
-const INSTALL_PATIENCE: Duration = Duration::from_secs(120);
+/// How long the state machine may take to check a snapshot that it has received whole, and to become it.
+const INSTALL_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Serves the peers of one node.
 #[derive(Clone)]
@@ -103,8 +103,9 @@ impl RaftService for PeerService {
         request: Request<Streaming<SnapshotChunk>>,
     ) -> Result<Response<InstallSnapshotResponse>, Status> {
         let mut chunks = request.into_inner();
-        let first = chunks.message().await?.unwrap_or_default();
-        let Some(SnapshotHeader { cluster_id, from, to, position: Some(position) }) = first.header else {
+        let mut first = chunks.message().await?.unwrap_or_default();
+        let header = first.header.take();
+        let Some(SnapshotHeader { cluster_id, from, to, position: Some(position) }) = header else {
             return Err(Status::invalid_argument("the first chunk has no header"));
         };
         self.check_address(cluster_id, from, to)?;
@@ -114,12 +115,20 @@ impl RaftService for PeerService {
             // A late one; installing it would rewind the log.
             return Ok(Response::new(InstallSnapshotResponse { index: commit_index }));
         }
-        self.snapshots.offer(position_from_wire(position), first.data, chunks).await?;
-        let installed = progress.wait_for(|now| now.deliverable_index >= position.index);
-        match timeout(INSTALL_PATIENCE, installed).await {
-            Ok(Ok(_)) => Ok(Response::new(InstallSnapshotResponse { index: position.index })),
-            Ok(Err(_)) => Err(Status::unavailable("raftd is stopping")),
-            Err(_) => Err(Status::deadline_exceeded("the state machine did not become the snapshot in time")),
+        let taken = self.snapshots.offer(position_from_wire(position), first, chunks).await?;
+        let installed = timeout(
+            INSTALL_PATIENCE,
+            progress.wait_for(|now| now.deliverable_index >= position.index),
+        );
+        tokio::select! {
+            installed = installed => match installed {
+                Ok(Ok(_)) => Ok(Response::new(InstallSnapshotResponse { index: position.index })),
+                Ok(Err(_)) => Err(Status::unavailable("raftd is stopping")),
+                Err(_) => {
+                    Err(Status::deadline_exceeded("the state machine did not become the snapshot in time"))
+                }
+            },
+            () = taken.given_up() => Err(Status::aborted("the state machine did not become the snapshot")),
         }
     }
 }

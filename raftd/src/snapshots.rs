@@ -11,7 +11,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use raft::{NodeId, Position};
 use resqlite::api::{
     SnapshotChunk, SnapshotHeader, SnapshotPart, SnapshotPosition, SnapshotTask,
@@ -19,13 +18,17 @@ use resqlite::api::{
 };
 use tokio::{
     sync::{mpsc, oneshot},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tonic::{Status, Streaming, transport::Channel};
 
 /// How many parts of one transfer may wait for the next hop.
 const PARTS_IN_FLIGHT: usize = 4;
+
+/// A state machine that lets go of a snapshot it has received is either becoming it, and attaches soon, or has
+/// refused it.
+const ATTACH_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How many tasks may wait for the state machine: one for each peer is plenty.
 const TASKS_IN_FLIGHT: usize = 16;
@@ -34,7 +37,7 @@ const TASKS_IN_FLIGHT: usize = 16;
 /// database to a file comes before its first part.
 const STALLED_AFTER: Duration = Duration::from_secs(120);
 
-/// An error ends a transfer as an error; only a closed channel is a snapshot's end.
+/// Only the part that says so is a snapshot's end; an error, or a channel that closes before, is a transfer cut off.
 type PartSender = mpsc::Sender<Result<SnapshotPart, Status>>;
 
 /// The other end.
@@ -78,7 +81,11 @@ impl Snapshots {
     /// The state machine listens for tasks; a later listener replaces an earlier one.
     pub fn watch(&self) -> mpsc::Receiver<SnapshotTask> {
         let (sender, receiver) = mpsc::channel(TASKS_IN_FLIGHT);
-        self.lock().watcher = Some(sender);
+        let mut state = self.lock();
+        state.watcher = Some(sender);
+        // What an earlier listener was asked for and has not begun, nobody will begin.
+        state.outgoing.clear();
+        state.incoming.clear();
         receiver
     }
 
@@ -122,8 +129,8 @@ impl Snapshots {
             .ok_or_else(|| Status::not_found(format!("nobody waits for snapshot {}", first.transfer_id)))?;
         let mut next = Some(Ok(first));
         while let Some(part) = next {
-            let failed = part.is_err();
-            if parts.send(part).await.is_err() || failed {
+            let over = part.as_ref().map_or(true, |part| part.last);
+            if parts.send(part).await.is_err() || over {
                 break;
             }
             next = next_part(&mut stream).await.transpose();
@@ -136,26 +143,31 @@ impl Snapshots {
     pub async fn offer(
         &self,
         position: Position,
-        first: Bytes,
+        first: SnapshotChunk,
         mut chunks: Streaming<SnapshotChunk>,
-    ) -> Result<(), Status> {
+    ) -> Result<Taken, Status> {
         let (sender, parts) = mpsc::channel(PARTS_IN_FLIGHT);
         let transfer_id = {
             let mut state = self.lock();
             state.last_transfer_id += 1;
             let transfer_id = state.last_transfer_id;
+            Self::assign(&mut state, Task::Receive(transfer_id))?;
             // One at a time: the sender of an earlier one has given up, or it would not send again.
             state.incoming.clear();
             state.incoming.insert(transfer_id, Incoming { position, parts });
-            Self::assign(&mut state, Task::Receive(transfer_id))?;
             transfer_id
         };
-        let first = SnapshotPart { transfer_id, position: Some(position_to_wire(position)), data: first };
+        let SnapshotChunk { data, last, .. } = first;
+        let first = SnapshotPart { transfer_id, position: Some(position_to_wire(position)), data, last };
         let result = relay(first, &mut chunks, &sender).await;
-        if let Err(status) = &result {
-            let _ = sender.try_send(Err(status.clone()));
+        self.lock().incoming.remove(&transfer_id);
+        match result {
+            Ok(()) => Ok(Taken { parts: sender }),
+            Err(status) => {
+                let _ = sender.try_send(Err(status.clone()));
+                Err(status)
+            }
         }
-        result
     }
 
     /// Our state machine takes an offered snapshot.
@@ -166,6 +178,19 @@ impl Snapshots {
         state.taken = Some(incoming.position);
         tracing::info!(index = incoming.position.index, "receiving a snapshot");
         Ok(incoming.parts)
+    }
+}
+
+/// A snapshot of which our state machine has taken the last part.
+pub struct Taken {
+    parts: PartSender,
+}
+
+impl Taken {
+    /// Returns once the state machine has let go of the snapshot and has had the time to attach with it.
+    pub async fn given_up(&self) {
+        self.parts.closed().await;
+        sleep(ATTACH_PATIENCE).await;
     }
 }
 
@@ -198,12 +223,16 @@ async fn deliver(peer: NodeId, route: Route, parts: &mut PartReceiver) -> Result
     let (sender, chunks) = mpsc::channel(PARTS_IN_FLIGHT);
     let mut client = RaftServiceClient::new(route.channel);
     let feed = async {
-        let mut chunk = SnapshotChunk { header: Some(header), data: first.data };
-        while sender.send(chunk).await.is_ok() {
+        let mut chunk = SnapshotChunk { header: Some(header), data: first.data, last: first.last };
+        loop {
+            let last = chunk.last;
+            if sender.send(chunk).await.is_err() || last {
+                break;
+            }
             match parts.recv().await {
-                Some(Ok(part)) => chunk = SnapshotChunk { header: None, data: part.data },
+                Some(Ok(SnapshotPart { data, last, .. })) => chunk = SnapshotChunk { header: None, data, last },
                 Some(Err(status)) => return status,
-                None => break,
+                None => return given_up(),
             }
         }
         drop(sender);
@@ -226,10 +255,16 @@ async fn relay(
     let transfer_id = first.transfer_id;
     let mut part = first;
     loop {
+        let last = part.last;
         stalled(timeout(STALLED_AFTER, sender.send(Ok(part))).await)?
             .map_err(|_| Status::aborted("the state machine gave the snapshot up"))?;
-        let Some(chunk) = stalled(timeout(STALLED_AFTER, chunks.message()).await)?? else { return Ok(()) };
-        part = SnapshotPart { transfer_id, position: None, data: chunk.data };
+        if last {
+            return Ok(());
+        }
+        // A call that is cancelled looks like one that has ended.
+        let chunk = stalled(timeout(STALLED_AFTER, chunks.message()).await)??;
+        let SnapshotChunk { data, last, .. } = chunk.ok_or_else(|| Status::aborted("the snapshot was cut off"))?;
+        part = SnapshotPart { transfer_id, position: None, data, last };
     }
 }
 

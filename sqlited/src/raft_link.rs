@@ -2,12 +2,13 @@
 //!
 //! raftd may be restarted alone at any moment, so the link reconnects for ever
 //! and everybody who asks through it waits meanwhile, up to their own deadlines.
-//! Three streams live and die together: proposals, the followed log, and read
-//! barriers. The link knows nothing of SQL and never looks into an entry.
+//! Its streams live and die together: proposals, the followed log, read barriers,
+//! and snapshots. The link knows nothing of SQL and never looks into an entry.
 
 mod barrier;
 mod follow;
 mod propose;
+mod snapshots;
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -22,6 +23,7 @@ use tonic::{
 };
 
 pub use propose::Outcome;
+pub use snapshots::SnapshotExchange;
 
 use crate::{limits, pipeline};
 
@@ -121,6 +123,8 @@ impl RaftLink {
 enum SessionEnd {
     DoesNotBelong(String),
     Lost(String),
+    /// A snapshot is to replace the database, and then the log is to be followed from there.
+    Received(snapshots::Received),
 }
 
 impl From<Status> for SessionEnd {
@@ -152,12 +156,13 @@ impl LinkKeeper {
         cluster_id: u64,
         pipeline: pipeline::Handle,
         progress: watch::Receiver<pipeline::Progress>,
+        exchange: SnapshotExchange,
     ) -> DoesNotBelong {
         let mut backoff = MIN_BACKOFF;
         let mut last_reason = String::new();
         loop {
             let began = Instant::now();
-            let end = self.session(cluster_id, &pipeline, progress.clone()).await;
+            let end = self.session(cluster_id, &pipeline, progress.clone(), &exchange).await;
             let was_connected = self.link.state.send_replace(LinkState::default()).connected;
             *self.link.channel.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
             match end {
@@ -168,6 +173,10 @@ impl LinkKeeper {
                     last_reason = why;
                 }
                 SessionEnd::Lost(_) => {}
+                SessionEnd::Received(received) => {
+                    received.replace_database(&pipeline, &exchange).await;
+                    continue;
+                }
             }
             // Only a life that lasted earns a quick return: one that ends at once, again and again, must not spin.
             let lasted = was_connected && began.elapsed() > MAX_BACKOFF;
@@ -181,6 +190,7 @@ impl LinkKeeper {
         cluster_id: u64,
         pipeline: &pipeline::Handle,
         progress: watch::Receiver<pipeline::Progress>,
+        exchange: &SnapshotExchange,
     ) -> SessionEnd {
         let endpoint = match Endpoint::from_shared(self.endpoint.clone()) {
             Ok(endpoint) => endpoint.connect_timeout(CONNECT_TIMEOUT),
@@ -195,11 +205,12 @@ impl LinkKeeper {
 
         let mut proposals = self.proposals.lock().await;
         let mut barriers = self.barriers.lock().await;
-        // Dropping the three together is what makes every unanswered proposal's outcome unknown.
+        // Dropping them together is what makes every unanswered proposal's outcome unknown.
         tokio::select! {
             end = follow::follow(client.clone(), cluster_id, pipeline, progress, &self.link.state) => end,
             end = propose::forward(client.clone(), &mut proposals) => end,
-            end = barrier::forward(client, &mut barriers) => end,
+            end = barrier::forward(client.clone(), &mut barriers) => end,
+            end = snapshots::exchange(client, exchange) => end,
         }
     }
 }

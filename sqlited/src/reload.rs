@@ -39,6 +39,10 @@ fn differences(running: &Config, new: &Config) -> Vec<&'static str> {
         ("sqlited.max_request_bytes", old.max_request_bytes != fresh.max_request_bytes),
         ("sqlited.max_result_bytes", old.max_result_bytes != fresh.max_result_bytes),
         ("sqlited.step_budget", old.step_budget != fresh.step_budget),
+        (
+            "sqlited.snapshot_bytes_per_second",
+            old.snapshot_bytes_per_second != fresh.snapshot_bytes_per_second,
+        ),
     ];
     changed.into_iter().filter_map(|(key, changed)| changed.then_some(key)).collect()
 }

@@ -98,6 +98,11 @@ impl Cluster {
 
     /// Writes the configurations of a cluster without starting it.
     pub fn prepare(size: usize) -> Self {
+        Self::prepare_with(size, "", "")
+    }
+
+    /// As [`Cluster::prepare`], with more settings for raftd and for sqlited, each of them a line of YAML.
+    pub fn prepare_with(size: usize, raftd: &str, sqlited: &str) -> Self {
         let directory = tempfile::Builder::new().prefix("resqlite-").tempdir().unwrap();
         let ports = free_ports(size * 2);
         let members: String = (0..size)
@@ -112,9 +117,11 @@ impl Cluster {
             let (raft, sql, at) = (ports[2 * i], ports[2 * i + 1], node.display());
             let config = format!(
                 "node_id: {}\ncluster:\n  name: test\n  members:\n{members}raftd:\n  listen: 127.0.0.1:{raft}\n  \
-                 data_dir: {at}/raft\n  socket: {at}/raftd.sock\nsqlited:\n  listen: 127.0.0.1:{sql}\n  \
-                 data_dir: {at}/sql\n",
-                i + 1
+                 data_dir: {at}/raft\n  socket: {at}/raftd.sock\n{}sqlited:\n  listen: 127.0.0.1:{sql}\n  \
+                 data_dir: {at}/sql\n{}",
+                i + 1,
+                indented(raftd),
+                indented(sqlited)
             );
             fs::write(node.join("resqlite.yaml"), config).unwrap();
             Node { directory: node, sql_address: format!("127.0.0.1:{sql}"), raftd: None, sqlited: None }
@@ -327,6 +334,10 @@ pub fn peak_resident_bytes(pid: u32) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kibibytes: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
     Some(kibibytes << 10)
+}
+
+fn indented(settings: &str) -> String {
+    settings.lines().map(|line| format!("  {line}\n")).collect()
 }
 
 /// Runs the sqlite3 program on a database and returns what it prints.

@@ -1,15 +1,23 @@
 //! The followed log: committed entries go to the pipeline, progress comes back.
 
+use std::time::Duration;
+
 use resqlite::api::{
     FollowAttach, FollowProgress, FollowRequest, FollowResponse, follow_request,
     log_service_client::LogServiceClient,
 };
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::sleep,
+};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Channel;
+use tonic::{Code, transport::Channel};
 
 use super::{LinkState, SessionEnd, closed_by_raftd, refuses_for_good};
 use crate::pipeline::{self, Progress};
+
+/// The pause before attaching again where raftd was not ready.
+const ATTACH_AGAIN: Duration = Duration::from_millis(200);
 
 /// Attaches where the database stands and follows until the stream breaks.
 pub(super) async fn follow(
@@ -24,7 +32,6 @@ pub(super) async fn follow(
         // The pipeline only ends when the daemon does.
         return std::future::pending().await;
     };
-    let (requests, outgoing) = mpsc::channel(1);
     let attach = FollowAttach {
         cluster_id: position.cluster_id,
         applied_index: position.applied_index,
@@ -33,12 +40,17 @@ pub(super) async fn follow(
         exclusive: true,
     };
     let attach = FollowRequest { request: Some(follow_request::Request::Attach(attach)) };
-    if requests.send(attach).await.is_err() {
-        return closed_by_raftd();
-    }
-    let mut entries = match client.follow(ReceiverStream::new(outgoing)).await {
-        Ok(response) => response.into_inner(),
-        Err(status) => return refused(status),
+    let (requests, mut entries) = loop {
+        let (requests, outgoing) = mpsc::channel(1);
+        if requests.send(attach.clone()).await.is_err() {
+            return closed_by_raftd();
+        }
+        match client.follow(ReceiverStream::new(outgoing)).await {
+            Ok(response) => break (requests, response.into_inner()),
+            // raftd cannot tell yet. The session goes on, because it may take a snapshot to settle it.
+            Err(status) if status.code() == Code::Unavailable => sleep(ATTACH_AGAIN).await,
+            Err(status) => return refused(status),
+        }
     };
 
     let mut expected_index = position.applied_index + 1;

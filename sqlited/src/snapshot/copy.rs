@@ -1,0 +1,84 @@
+//! The sending side's copy: the pages of one consistent view, as they are.
+//!
+//! The view is given up as soon as the pages are copied, because no checkpoint gets past a reader's view while it
+//! lasts. `VACUUM INTO` would be shorter, and wrong: it gives new rowids to the rows of a table without an INTEGER
+//! PRIMARY KEY, and the nodes would differ (<https://sqlite.org/lang_vacuum.html>).
+
+use std::{
+    fs::{self, File},
+    io,
+    path::Path,
+};
+
+use rusqlite::{
+    Connection, OpenFlags,
+    backup::{Backup, StepResult},
+};
+
+use crate::apply::{self, Position};
+
+/// How many pages are copied between two looks at whether anybody still wants them.
+const PAGES_PER_STEP: i32 = 1_024;
+
+/// A copy, open for reading. It has no name any more, so that it goes away with its reader whatever happens.
+#[derive(Debug)]
+pub struct DatabaseCopy {
+    /// Where it stands in the log.
+    pub position: Position,
+    /// At its beginning.
+    pub file: File,
+    /// Its size.
+    pub size_bytes: u64,
+}
+
+/// Why there is no copy.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyError {
+    /// SQLite's reason.
+    #[error("the database cannot be copied: {0}")]
+    Sqlite(#[from] rusqlite::Error),
+    /// The file system's reason.
+    #[error("the copy of the database cannot be read: {0}")]
+    Io(#[from] io::Error),
+    /// The database itself cannot be used by this version.
+    #[error("the database cannot be copied: {0}")]
+    Unusable(String),
+    /// Nobody wants it any more.
+    #[error("nobody waits for the copy any more")]
+    Unwanted,
+}
+
+/// Copies the database that this process has open to a file beside it. Blocks.
+pub fn copy(database: &Path, to: &Path, is_wanted: impl Fn() -> bool) -> Result<DatabaseCopy, CopyError> {
+    let copied = copy_pages(database, to, is_wanted);
+    let opened = copied.and_then(|position| {
+        let file = File::open(to)?;
+        let size_bytes = file.metadata()?.len();
+        Ok(DatabaseCopy { position, file, size_bytes })
+    });
+    match fs::remove_file(to) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
+        _ => opened,
+    }
+}
+
+fn copy_pages(database: &Path, to: &Path, is_wanted: impl Fn() -> bool) -> Result<Position, CopyError> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let source = Connection::open_with_flags(database, flags)?;
+    let mut target = Connection::open(to)?;
+    // Nobody reads a copy that a crash has left behind.
+    target.execute_batch("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")?;
+    // Inside a transaction every step sees the same view, so no write makes the copy begin anew.
+    let view = source.unchecked_transaction()?;
+    let position = apply::stored_position(&view)?.map_err(CopyError::Unusable)?;
+    let backup = Backup::new(&view, &mut target)?;
+    loop {
+        match backup.step(PAGES_PER_STEP)? {
+            StepResult::Done => break,
+            _ if !is_wanted() => return Err(CopyError::Unwanted),
+            _ => {}
+        }
+    }
+    drop(backup);
+    Ok(position)
+}
