@@ -19,6 +19,7 @@ mod playground;
 mod random_scripts;
 mod real_data;
 mod reflection;
+mod snapshots;
 mod survival;
 mod transactions;
 mod visibility;
