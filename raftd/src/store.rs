@@ -14,6 +14,7 @@
 //! is damage, even if sled opened it without a word.
 
 mod ballast;
+pub mod block_file;
 mod cache;
 mod error;
 mod hard_state;
@@ -23,6 +24,7 @@ pub mod memory_log;
 pub mod record;
 mod record_log;
 pub mod sled_log;
+mod stepped;
 mod term_runs;
 mod writer;
 
@@ -36,6 +38,7 @@ use raft::{HardState, NodeId, Position};
 
 use self::{
     ballast::Ballast,
+    block_file::BlockFile,
     cache::{SharedWindow, Window},
     hard_state::{HardStateFile, State, sync_dir},
     lock::DirectoryLock,
@@ -48,6 +51,7 @@ pub use self::{
     cache::{LogReader, ReadError},
     error::StoreError,
     hard_state::Identity,
+    stepped::SteppedWriter,
     writer::{LogWriter, Report, Write},
 };
 
@@ -68,6 +72,28 @@ pub struct StoreOptions {
     pub cluster_id: u64,
     /// This member.
     pub node_id: NodeId,
+}
+
+/// What a store lies on when that is not a directory, for simulations. See [`Store::open_on`].
+pub struct Media {
+    /// Identity, term, vote, base and mark.
+    pub hard_state: Box<dyn BlockFile>,
+    /// The entries.
+    pub log: Arc<dyn LogStore>,
+    /// Both are empty.
+    pub is_new: bool,
+    /// How much of the log's end stays in memory.
+    pub tail_bytes: usize,
+}
+
+/// Where a store lies: who else may use it, and what is kept there beside the data.
+struct Place {
+    /// For error messages.
+    log_path: PathBuf,
+    /// In a directory only.
+    ballast: Option<Ballast>,
+    lock: Option<Arc<DirectoryLock>>,
+    tail_bytes: usize,
 }
 
 /// An open store. It becomes useful through [`Store::reader`] and [`Store::start_writer`].
@@ -123,18 +149,29 @@ impl Store {
                 (found, log)
             }
         };
-        Self::recover(hard_state, log, log_path, ballast, lock)
+        let place = Place { log_path, ballast: Some(ballast), lock: Some(lock), tail_bytes: TAIL_BYTES };
+        Self::recover(hard_state, log, place)
     }
 
-    fn recover(
-        mut file: HardStateFile,
-        log: Arc<dyn LogStore>,
-        log_path: PathBuf,
-        ballast: Ballast,
-        lock: Arc<DirectoryLock>,
-    ) -> Result<Self, StoreError> {
+    /// As [`Store::open`], on other media than a directory: everything but the lock, the ballast and the making of
+    /// directories is the same code. The paths of `options` are for error messages only.
+    pub fn open_on(options: &StoreOptions, media: Media) -> Result<Self, StoreError> {
+        let Media { hard_state, log, is_new, tail_bytes } = media;
+        let path = options.data_dir.join("hard_state");
+        let file = if is_new {
+            HardStateFile::create_in(hard_state, &path, State::new(options))?
+        } else {
+            HardStateFile::open_in(hard_state, &path)?
+        };
+        check_identity(options, file.state().identity)?;
+        let place = Place { log_path: options.data_dir.join("log"), ballast: None, lock: None, tail_bytes };
+        Self::recover(file, log, place)
+    }
+
+    fn recover(mut file: HardStateFile, log: Arc<dyn LogStore>, place: Place) -> Result<Self, StoreError> {
+        let Place { log_path, ballast, lock, tail_bytes } = place;
         let mut state = file.state();
-        let mut window = Window::new(state.base, TAIL_BYTES);
+        let mut window = Window::new(state.base, tail_bytes);
         let records = if state.discard_log {
             // A crash came between the decision to begin anew after a snapshot and its end.
             let emptied = RecordLog::begin_at(log.clone(), state.base);
@@ -149,7 +186,7 @@ impl Store {
         state.mark = records.reach();
         state.discard_log = false;
         file.save(state)?;
-        if let Err(error) = ballast.renew() {
+        if let Some(Err(error)) = ballast.as_ref().map(Ballast::renew) {
             tracing::warn!(%error, "no room is kept in reserve for a full disk");
         }
         let window = SharedWindow::new(window);
@@ -200,9 +237,21 @@ impl Store {
     /// # Panics
     /// If it was started before.
     pub fn start_writer(&mut self, report: Report) -> Result<LogWriter, StoreError> {
-        let log_thread = self.log_thread.take().expect("a store has one writer");
+        let log_thread = self.take_log_thread();
         let log_path = log_thread.log_path.clone();
         LogWriter::start(log_thread, report).map_err(StoreError::io(&log_path, "start the log writer"))
+    }
+
+    /// The log writer without its thread, for simulations: nothing is written until it is told to.
+    ///
+    /// # Panics
+    /// If a writer was started before.
+    pub fn stepped_writer(&mut self) -> SteppedWriter {
+        SteppedWriter::new(self.take_log_thread())
+    }
+
+    fn take_log_thread(&mut self) -> LogThread {
+        self.log_thread.take().expect("a store has one writer")
     }
 }
 
@@ -254,22 +303,27 @@ fn create(
         }
         fs::remove_dir_all(log_path).map_err(StoreError::io(log_path, "remove an unfinished log"))?;
     }
-    let identity =
-        Identity { cluster_id: options.cluster_id, node_id: options.node_id, incarnation: FIRST_INCARNATION };
-    let state = State {
-        identity,
-        hard_state: HardState::default(),
-        base: Position::default(),
-        mark: Mark::default(),
-        discard_log: false,
-    };
-    HardStateFile::create(&unfinished, state)?;
+    HardStateFile::create(&unfinished, State::new(options))?;
     sync_dir(dir).map_err(StoreError::io(dir, "sync the directory"))?;
     let log = open_log(true).map_err(StoreError::log(log_path, "create the log"))?;
     fs::rename(&unfinished, &path).map_err(StoreError::io(&path, "name the hard-state file"))?;
     sync_dir(dir).map_err(StoreError::io(dir, "sync the directory"))?;
     let file = HardStateFile::open(&path)?;
     Ok((file, log))
+}
+
+impl State {
+    /// Of a member that was never started.
+    fn new(options: &StoreOptions) -> Self {
+        let StoreOptions { cluster_id, node_id, .. } = *options;
+        Self {
+            identity: Identity { cluster_id, node_id, incarnation: FIRST_INCARNATION },
+            hard_state: HardState::default(),
+            base: Position::default(),
+            mark: Mark::default(),
+            discard_log: false,
+        }
+    }
 }
 
 fn check_identity(options: &StoreOptions, stored: Identity) -> Result<(), StoreError> {

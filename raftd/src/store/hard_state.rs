@@ -21,16 +21,15 @@
 //! A note that is damaged or lost means a lower mark, which is still true.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{File, OpenOptions},
     io,
-    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
 use bytes::{Buf, BufMut};
 use raft::{HardState, NodeId, Position};
 
-use super::{error::StoreError, record_log::Mark};
+use super::{block_file::BlockFile, error::StoreError, record_log::Mark};
 
 /// The format that this version writes, and the newest that it reads.
 const FORMAT: u32 = 1;
@@ -68,10 +67,10 @@ pub(super) struct State {
 }
 
 /// The open file, and what it holds.
-#[derive(Debug)]
 pub(super) struct HardStateFile {
+    /// For error messages.
     path: PathBuf,
-    file: File,
+    file: Box<dyn BlockFile>,
     sequence: u64,
     state: State,
 }
@@ -81,8 +80,13 @@ impl HardStateFile {
     pub(super) fn create(path: &Path, state: State) -> Result<Self, StoreError> {
         let file = OpenOptions::new().create(true).truncate(true).read(true).write(true).open(path);
         let file = file.map_err(StoreError::io(path, "create the hard-state file"))?;
+        Self::create_in(Box::new(file), path, state)
+    }
+
+    /// As [`HardStateFile::create`], in an empty file that is open already.
+    pub(super) fn create_in(file: Box<dyn BlockFile>, path: &Path, state: State) -> Result<Self, StoreError> {
         // All blocks are written, so that no later write needs room on the disk.
-        let zeroed = file.write_all_at(&[0; FILE_BYTES], 0).and_then(|()| file.sync_all());
+        let zeroed = file.write_all_at(&[0; FILE_BYTES], 0).and_then(|()| file.sync_data());
         zeroed.map_err(StoreError::io(path, "create the hard-state file"))?;
         let mut created = Self { path: path.to_owned(), file, sequence: 0, state };
         created.save(state)?;
@@ -102,7 +106,12 @@ impl HardStateFile {
     pub(super) fn open(path: &Path) -> Result<Self, StoreError> {
         let file = OpenOptions::new().read(true).write(true).open(path);
         let file = file.map_err(StoreError::io(path, "open the hard-state file"))?;
-        let bytes = fs::read(path).map_err(StoreError::io(path, "read the hard-state file"))?;
+        Self::open_in(Box::new(file), path)
+    }
+
+    /// As [`HardStateFile::open`], of a file that is open already.
+    pub(super) fn open_in(file: Box<dyn BlockFile>, path: &Path) -> Result<Self, StoreError> {
+        let bytes = file.read_all().map_err(StoreError::io(path, "read the hard-state file"))?;
         let damaged = |reason: &str| StoreError::Damaged {
             file: path.to_owned(),
             index: None,
@@ -243,6 +252,8 @@ fn open_block<'a>(block: &'a [u8], magic: &[u8; 8]) -> Result<Option<&'a [u8]>, 
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, os::unix::fs::FileExt};
+
     use super::*;
 
     fn state(term: u64) -> State {
@@ -266,7 +277,8 @@ mod tests {
     }
 
     fn overwrite(path: &Path, at: usize, bytes: &[u8]) {
-        OpenOptions::new().write(true).open(path).unwrap().write_all_at(bytes, at as u64).unwrap();
+        let file = OpenOptions::new().write(true).open(path).unwrap();
+        FileExt::write_all_at(&file, bytes, at as u64).unwrap();
     }
 
     #[test]

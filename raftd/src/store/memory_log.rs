@@ -61,6 +61,22 @@ impl MemoryLog {
         self.lock().current.keys().copied().collect()
     }
 
+    /// Changes one bit of a record, unnoticed, where it lies: `bit` counts from the value's beginning and wraps. False:
+    /// there is no such record.
+    pub fn flip_bit(&self, key: Key, bit: usize) -> bool {
+        let mut inner = self.lock();
+        let Inner { durable, current, .. } = &mut *inner;
+        let mut found = false;
+        for value in [durable.get_mut(&key), current.get_mut(&key)].into_iter().flatten() {
+            let mut bytes = value.to_vec();
+            let at = (bit / 8) % bytes.len();
+            bytes[at] ^= 1 << (bit % 8);
+            *value = bytes.into();
+            found = true;
+        }
+        found
+    }
+
     fn change(&self, key: Key, value: Option<Bytes>) {
         let mut inner = self.lock();
         apply(&mut inner.current, key, value.clone());

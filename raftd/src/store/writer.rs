@@ -69,8 +69,7 @@ pub struct LogWriter {
 
 impl LogWriter {
     pub(super) fn start(mut log_thread: LogThread, mut report: Report) -> Result<Self, std::io::Error> {
-        let queue = Arc::clone(&log_thread.queue);
-        let (window, reader) = (log_thread.window.clone(), log_thread.reader.clone());
+        let mut writer = Self::without_thread(&log_thread);
         let work = move || {
             let ended = catch_unwind(AssertUnwindSafe(|| log_thread.run(&mut report)));
             let error = match ended {
@@ -83,8 +82,15 @@ impl LogWriter {
             log_thread.queue.fail(&error);
             report(Err(error));
         };
-        let thread = Some(thread::Builder::new().name("log-writer".into()).spawn(work)?);
-        Ok(Self { queue, window, reader, thread })
+        writer.thread = Some(thread::Builder::new().name("log-writer".into()).spawn(work)?);
+        Ok(writer)
+    }
+
+    /// The submitting half alone.
+    pub(super) fn without_thread(log_thread: &LogThread) -> Self {
+        let queue = Arc::clone(&log_thread.queue);
+        let (window, reader) = (log_thread.window.clone(), log_thread.reader.clone());
+        Self { queue, window, reader, thread: None }
     }
 
     /// Queues a write. Its entries can be read at once; it is durable when its number is reported.
@@ -272,6 +278,17 @@ impl Write {
     }
 }
 
+/// What one turn of the thread came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// Something was done.
+    Done,
+    /// There was nothing to do.
+    Idle,
+    /// Nothing will come any more, and everything is durable.
+    Closed,
+}
+
 /// What the thread owns.
 pub(super) struct LogThread {
     pub(super) queue: Arc<Queue>,
@@ -281,9 +298,10 @@ pub(super) struct LogThread {
     /// Where the log lies, for error messages.
     pub(super) log_path: PathBuf,
     pub(super) hard_state: HardStateFile,
-    pub(super) ballast: Ballast,
+    /// Where there is one.
+    pub(super) ballast: Option<Ballast>,
     /// Kept as long as anything may be written.
-    pub(super) _lock: Arc<DirectoryLock>,
+    pub(super) _lock: Option<Arc<DirectoryLock>>,
     /// How much the mark was raised since it was last synced.
     pub(super) unsynced_mark_bytes: usize,
 }
@@ -292,23 +310,38 @@ impl LogThread {
     fn run(&mut self, report: &mut Report) -> Result<(), StoreError> {
         loop {
             let patience = if self.log.is_discarding() { Duration::ZERO } else { IDLE };
-            match self.queue.next(patience) {
-                Next::Group(group) => {
-                    let number = group.number;
-                    self.write(group)?;
-                    self.window.lock().persisted(number);
-                    report(Ok(number));
-                    self.discard_some()?;
-                }
-                Next::Compact(base) => {
-                    self.compact(base)?;
-                    self.discard_some()?;
-                }
-                Next::Idle if self.log.is_discarding() => self.discard_some()?,
-                Next::Idle => self.use_the_quiet()?,
-                Next::Closed => return self.sync_mark(),
+            let reported = |number| report(Ok(number));
+            if self.turn(patience, reported)? == Turn::Closed {
+                return Ok(());
             }
         }
+    }
+
+    /// Does what comes next, after waiting for it at most `patience`.
+    pub(super) fn turn(&mut self, patience: Duration, report: impl FnOnce(u64)) -> Result<Turn, StoreError> {
+        match self.queue.next(patience) {
+            Next::Group(group) => {
+                let number = group.number;
+                self.write(group)?;
+                self.window.lock().persisted(number);
+                report(number);
+                self.discard_some()?;
+            }
+            Next::Compact(base) => {
+                self.compact(base)?;
+                self.discard_some()?;
+            }
+            Next::Idle if self.log.is_discarding() => self.discard_some()?,
+            Next::Idle => {
+                self.use_the_quiet()?;
+                return Ok(Turn::Idle);
+            }
+            Next::Closed => {
+                self.sync_mark()?;
+                return Ok(Turn::Closed);
+            }
+        }
+        Ok(Turn::Done)
     }
 
     fn write(&mut self, group: Write) -> Result<(), StoreError> {
@@ -399,7 +432,7 @@ impl LogThread {
     }
 
     fn use_the_quiet(&mut self) -> Result<(), StoreError> {
-        if let Err(error) = self.ballast.renew() {
+        if let Some(Err(error)) = self.ballast.as_ref().map(Ballast::renew) {
             // It is a convenience for a later start, not part of any promise.
             tracing::debug!(%error, "the ballast cannot be renewed");
         }
