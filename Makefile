@@ -4,7 +4,7 @@ CARGO   ?= cargo
 PROFILE ?= release
 BIN      = target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 
-.PHONY: playground test build check tools deb apt-repo clean help
+.PHONY: playground test build check tools deb apt-repo test-hosts clean help
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ deb: ## the Debian package, into target/deb
 
 apt-repo: deb ## a signed apt repository with it, in target/apt
 	@packaging/build-apt-repo
+
+test-hosts: ## installs, deploys, breaks and upgrades it on Debian hosts in namespaces (needs root)
+	@tests/hosts/run
 
 clean: ## removes what was built
 	$(CARGO) clean
