@@ -189,6 +189,8 @@ pub(crate) struct Writer {
     pub known: RefCell<KnownStatements>,
     changes_base: Arc<AtomicU64>,
     foreign_keys: Cell<bool>,
+    /// Whether the schema may hold deferred foreign keys; `None`: it has changed since that was looked up.
+    may_defer: Cell<Option<bool>>,
     // Declared last, so dropped last: it must outlive the connection.
     _vfs: WriterVfs,
 }
@@ -233,6 +235,7 @@ impl Writer {
             known: RefCell::default(),
             changes_base,
             foreign_keys: Cell::new(true),
+            may_defer: Cell::new(None),
             connection,
             _vfs: vfs,
         };
@@ -265,6 +268,28 @@ impl Writer {
     pub fn forget_statements(&self) {
         self.connection.flush_prepared_statement_cache();
         self.known.take();
+        self.may_defer.set(None);
+    }
+
+    /// Starts SQLite's count of open violations of deferred foreign keys from zero. It is one count for the whole
+    /// transaction, and it is *below* zero after a request that inserted the parents of rows which were orphans from
+    /// before: the next request of the group would be forgiven as many violations, and the group's COMMIT fails
+    /// unless the sum is exactly zero.
+    pub fn reset_deferred_violations(&self) -> rusqlite::Result<()> {
+        let may_defer = match self.may_defer.get() {
+            Some(known) => known,
+            None => {
+                let sql = "SELECT EXISTS(SELECT 1 FROM sqlite_schema WHERE sql LIKE '%deferred%')";
+                let found = self.connection.query_row(sql, [], |row| row.get(0))?;
+                self.may_defer.set(Some(found));
+                found
+            }
+        };
+        if may_defer {
+            // This PRAGMA has its effect while it is prepared; if it ran, it would expire all prepared statements.
+            drop(self.connection.prepare("PRAGMA defer_foreign_keys = OFF")?);
+        }
+        Ok(())
     }
 
     /// Reads the schema and the statistics again, as a restarted node does: ones that were rolled back, or

@@ -258,6 +258,7 @@ impl<'a, 'c> Execution<'a, 'c> {
             if effects.until_request_ends {
                 self.writer.connection.execute_batch("PRAGMA defer_foreign_keys = OFF")?;
             }
+            self.writer.reset_deferred_violations()?;
             if effects.statistics || effects.virtual_tables {
                 self.writer.reload_schema()?;
             } else if effects.schema {

@@ -123,6 +123,36 @@ fn a_deferred_foreign_key_fails_its_own_request_and_not_the_groups_commit() {
 }
 
 #[test]
+fn parents_of_earlier_orphans_forgive_no_later_violation_and_the_group_commits() {
+    // SQLite's count of violations goes below zero when orphans from before get their parents.
+    let (replies, machine) = alike(
+        &[
+            "CREATE TABLE p(id INTEGER PRIMARY KEY)",
+            "CREATE TABLE c(p REFERENCES p DEFERRABLE INITIALLY DEFERRED)",
+        ],
+        &[
+            |machine| LoggedRequest {
+                foreign_keys: false,
+                ..machine.request_atomic(&["INSERT INTO c VALUES (1), (1), (1)"])
+            },
+            |machine| {
+                machine.request_atomic(&[
+                    "INSERT INTO c VALUES (2)",
+                    "INSERT INTO p VALUES (1)",
+                    "INSERT INTO p VALUES (2)",
+                ])
+            },
+            |machine| machine.request_atomic(&["INSERT INTO c VALUES (9)"]),
+            |machine| machine.request_script(&["INSERT INTO c VALUES (9)"]),
+            |machine| machine.request_atomic(&["INSERT INTO c VALUES (1)"]),
+        ],
+    );
+    use ReplyClass::{Failed, Ok};
+    assert_eq!(classes(&replies), [Ok, Ok, Failed, Failed, Ok]);
+    assert_eq!(machine.read("SELECT group_concat(p) FROM c"), "1,1,1,2,1");
+}
+
+#[test]
 fn a_statement_over_its_budget_fails_its_own_request_only() {
     let endless = |machine: &Machine| {
         let sql =
