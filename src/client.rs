@@ -35,6 +35,7 @@ mod endpoints;
 pub(crate) mod error;
 mod ids;
 mod stream;
+mod transaction;
 mod value;
 
 use std::{
@@ -54,6 +55,7 @@ use self::{
 pub use self::{
     error::Error,
     stream::{Event, Rows, Run},
+    transaction::Transaction,
     value::{FromValue, Params, Row, Value},
 };
 use crate::api::{
@@ -294,7 +296,7 @@ impl Client {
     /// Reads with one statement. Its rows arrive as they are taken.
     pub async fn query(&self, sql: impl Into<String>, params: impl Into<Params>) -> Result<Rows, Error> {
         let (params, named_params) = params.into().into_fields();
-        let request = QueryRequest { sql: sql.into(), params, named_params, read: Some(self.read_options()) };
+        let request = QueryRequest { sql: sql.into(), params, named_params, read: Some(self.read_options()), ..Default::default() };
         // A node may answer with headers first and fail afterwards, so an attempt includes the first message.
         let call = |mut connection: endpoints::Connection, _| {
             let request = request.clone();

@@ -33,12 +33,15 @@ pub mod run_request;
 pub mod script;
 pub mod service;
 pub mod sessions;
+pub mod snapshot;
 pub mod sql_kind;
 pub mod sqlite_ffi;
 pub mod status;
 pub mod syntax;
+pub mod transactions;
 pub mod value;
 pub mod version;
+pub mod versions;
 pub mod waiters;
 pub mod write_path;
 
@@ -71,12 +74,13 @@ use crate::{
     consistency::ReadGate,
     facts::Facts,
     pipeline::{Pipeline, PipelineError},
-    raft_link::{DoesNotBelong, RaftLink},
+    raft_link::{DoesNotBelong, RaftLink, SnapshotExchange},
     reads::{Patience, Readers},
     run_request::Runner,
     service::{Service, ServiceParts},
     status::StatusSource,
     syntax::SyntaxCheck,
+    transactions::Transactions,
     waiters::Waiters,
     write_path::{WritePath, WriteSettings},
 };
@@ -145,6 +149,12 @@ impl RunError {
 /// runtime with timers; a current-thread one is the fastest.
 pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> Result<(), RunError> {
     let database = prepare_data_dir(&config.sqlited.data_dir)?;
+    let finished = snapshot::finish(&database);
+    if finished
+        .map_err(|error| RunError::Start(format!("cannot finish the install of a snapshot: {error}")))?
+    {
+        tracing::info!("a snapshot that was received before has taken the database's place");
+    }
     let applier = open(&database, &config)?;
     let facts = Facts::new(applier.position().applied_index);
     let readers =
@@ -171,12 +181,25 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
         readers: Arc::clone(&readers),
         gate: ReadGate::new(link.clone(), facts.clone(), election_timeout, abort.clone()),
     };
+    let transactions = Arc::new(Transactions::new(
+        config.node_id,
+        Arc::clone(&readers),
+        limits::TRANSACTION_MAX,
+        limits::MAX_TRANSACTIONS,
+    ));
     let service = Service::new(ServiceParts {
         runner,
+        transactions: Arc::clone(&transactions),
         syntax: SyntaxCheck::new().map_err(|error| RunError::Start(error.to_string()))?,
-        status: StatusSource::new(&config, database, link.clone(), facts.clone()),
+        status: StatusSource::new(&config, database.clone(), link.clone(), facts.clone()),
         max_result_bytes: config.sqlited.max_result_bytes as usize,
     });
+    let exchange = SnapshotExchange::new(
+        database.clone(),
+        config.cluster_id(),
+        snapshot::Users::new(readers.clone()),
+        config.sqlited.snapshot_bytes_per_second,
+    );
     let (reporter, health) = tonic_health::server::health_reporter();
 
     daemon::notify_ready();
@@ -189,8 +212,9 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
     let result = tokio::select! {
         served = serve(&config, listener, service, health, shutdown.clone()) => served,
         () = limit_the_stop(&shutdown, &abort, &readers) => Ok(()),
-        error = keeper.run(config.cluster_id(), pipeline.handle(), pipeline.progress()) => Err(error.into()),
+        error = keeper.run(config.cluster_id(), pipeline.handle(), pipeline.progress(), exchange) => Err(error.into()),
         error = pipeline.deliver(&waiters, &facts) => Err(error.into()),
+        never = transactions.expire() => match never {},
         never = status::keep_health(reporter, link, facts.clone()) => match never {},
         never = daemon::feed_watchdog() => match never {},
     };

@@ -62,6 +62,12 @@ pub const ROW_BATCHES_WAITING: usize = 4;
 /// cannot be checkpointed, so the write-ahead log grows for as long.
 pub const SNAPSHOT_MAX: Duration = Duration::from_secs(300);
 
+/// How long the snapshot of an optimistic transaction is held.
+pub const TRANSACTION_MAX: Duration = Duration::from_secs(30);
+
+/// How many optimistic transactions may be open at a node: each has a connection of its own.
+pub const MAX_TRANSACTIONS: usize = 64;
+
 /// How long a read waits for a client that takes no rows, before it gives its reader to others.
 pub const CLIENT_STALL_MAX: Duration = Duration::from_secs(30);
 

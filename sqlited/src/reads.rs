@@ -8,6 +8,7 @@
 //! statement in the same way, it cannot hit the connection's *next* statement.
 //! This file knows nothing of the log, of writes or of consistency.
 
+mod held;
 mod reader;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,7 @@ use std::{
     ops::Range,
     path::Path,
     pin::Pin,
-    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     task::{Context, Poll, ready},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -32,6 +33,7 @@ use tokio::{
 use tokio_stream::Stream;
 use tonic::Status;
 
+pub use self::held::{Held, Turn};
 use self::reader::Reader;
 use crate::{
     limits::{self, ROW_BATCHES_WAITING},
@@ -106,12 +108,41 @@ struct Queue {
     jobs: Mutex<VecDeque<Job>>,
     arrived: Condvar,
     capacity: usize,
-    stopping: watch::Sender<bool>,
+    phase: watch::Sender<Phase>,
+    /// How many threads have no connection and take no job, because the pool is closed.
+    resting: watch::Sender<usize>,
+    /// Snapshots with connections of their own.
+    held: Mutex<Vec<Weak<Held>>>,
+}
+
+/// What the pool does with jobs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Open,
+    /// For a while no connection may be open: reads end, new ones wait.
+    Closed,
+    Stopping,
+}
+
+/// No reader has the database open for as long as this lives.
+#[derive(Debug)]
+pub struct Closed {
+    queue: Arc<Queue>,
+}
+
+impl Drop for Closed {
+    fn drop(&mut self) {
+        self.queue.go(Phase::Closed, Phase::Open);
+    }
 }
 
 #[derive(Debug)]
 enum Job {
     Read(ReadJob),
+    Hold {
+        until: Instant,
+        answer: oneshot::Sender<Result<Arc<Held>, Status>>,
+    },
     Classify {
         statements: Arc<[Statement]>,
         range: Range<usize>,
@@ -125,6 +156,10 @@ struct ReadJob {
     /// Of the statement in its request, from 1; for errors.
     number: usize,
     deadline: Option<Instant>,
+    /// The snapshot to read, if it is not to be the present one …
+    held: Option<Arc<Held>>,
+    /// … and the right to.
+    turn: Option<Turn>,
     batches: mpsc::Sender<ReadBatch>,
     end: End,
 }
@@ -141,7 +176,9 @@ impl Readers {
             jobs: Mutex::default(),
             arrived: Condvar::new(),
             capacity: count * limits::MAX_READS_QUEUED_PER_READER,
-            stopping: watch::Sender::new(false),
+            phase: watch::Sender::new(Phase::Open),
+            resting: watch::Sender::new(0),
+            held: Mutex::default(),
         });
         let readers = Self { queue, threads: Mutex::default() };
         for number in 1..=count {
@@ -165,11 +202,41 @@ impl Readers {
         number: usize,
         deadline: Option<tokio::time::Instant>,
     ) -> Result<Batches, Status> {
+        self.push_read(statement, number, deadline, None, None)
+    }
+
+    /// Opens a snapshot; reads of it end at `until`.
+    pub async fn hold(&self, until: tokio::time::Instant) -> Result<Arc<Held>, Status> {
+        let (answer, held) = oneshot::channel();
+        self.queue.push(Job::Hold { until: until.into_std(), answer })?;
+        held.await.unwrap_or_else(|_| Err(shutting_down()))
+    }
+
+    /// Reads an open snapshot with one statement.
+    pub fn read_held(
+        &self,
+        held: Arc<Held>,
+        turn: Turn,
+        statement: Statement,
+        deadline: Option<tokio::time::Instant>,
+    ) -> Result<Batches, Status> {
+        self.push_read(statement, 1, deadline, Some(held), Some(turn))
+    }
+
+    fn push_read(
+        &self,
+        statement: Statement,
+        number: usize,
+        deadline: Option<tokio::time::Instant>,
+        held: Option<Arc<Held>>,
+        turn: Option<Turn>,
+    ) -> Result<Batches, Status> {
         let (sender, receiver) = mpsc::channel(ROW_BATCHES_WAITING);
         let deadline = deadline.map(tokio::time::Instant::into_std);
         let end = End::default();
         let batches = Batches { receiver, end: Arc::clone(&end), over: false };
-        self.queue.push(Job::Read(ReadJob { statement, number, deadline, batches: sender, end }))?;
+        let job = ReadJob { statement, number, deadline, held, turn, batches: sender, end };
+        self.queue.push(Job::Read(job))?;
         Ok(batches)
     }
 
@@ -184,9 +251,24 @@ impl Readers {
         kinds.await.unwrap_or_else(|_| Err(shutting_down()))
     }
 
+    /// Ends all reads with ABORTED and closes all connections, so that the database may be replaced. New reads
+    /// wait for as long as what is returned lives. Never returns once the pool stops.
+    pub async fn close(&self) -> Closed {
+        self.queue.go(Phase::Open, Phase::Closed);
+        let closed = Closed { queue: Arc::clone(&self.queue) };
+        let threads = self.lock_threads().len();
+        // We hold a sender, so waiting cannot fail for want of one.
+        let _ = self.queue.resting.subscribe().wait_for(|resting| *resting == threads).await;
+        // Nobody reads, so nobody uses one of these; and only readers make new ones.
+        for held in self.queue.lock_held().drain(..).filter_map(|held| held.upgrade()) {
+            drop(held.take_reader());
+        }
+        closed
+    }
+
     /// Ends all reads and refuses new ones.
     pub fn stop(&self) {
-        self.queue.stopping.send_replace(true);
+        self.queue.phase.send_replace(Phase::Stopping);
         // Jobs that nobody will take: their clients see UNAVAILABLE.
         for job in self.queue.lock().drain(..) {
             job.refuse(shutting_down());
@@ -226,22 +308,66 @@ impl Queue {
         Ok(())
     }
 
-    /// The next job; None when there will be no more.
-    fn pop(&self) -> Option<Job> {
+    /// The next job; None when there will be no more. While the pool is closed, so is the caller's connection.
+    fn pop<C>(&self, connection: &mut Option<C>) -> Option<Job> {
         let mut jobs = self.lock();
         loop {
-            if self.is_stopping() {
-                return None;
+            match self.phase() {
+                Phase::Stopping => return None,
+                Phase::Open => {
+                    if let Some(job) = jobs.pop_front() {
+                        return Some(job);
+                    }
+                    jobs = self.wait(jobs);
+                }
+                Phase::Closed => {
+                    drop(connection.take());
+                    self.resting.send_modify(|resting| *resting += 1);
+                    while self.phase() == Phase::Closed {
+                        jobs = self.wait(jobs);
+                    }
+                    self.resting.send_modify(|resting| *resting -= 1);
+                }
             }
-            if let Some(job) = jobs.pop_front() {
-                return Some(job);
-            }
-            jobs = self.arrived.wait(jobs).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
+    fn wait<'a>(&self, jobs: MutexGuard<'a, VecDeque<Job>>) -> MutexGuard<'a, VecDeque<Job>> {
+        self.arrived.wait(jobs).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Goes from one phase to another, if it is in that one; a stop is for ever.
+    fn go(&self, from: Phase, to: Phase) {
+        // Under the lock, so that no thread that has just looked misses the call.
+        let jobs = self.lock();
+        self.phase.send_if_modified(|phase| {
+            let goes = *phase == from;
+            if goes {
+                *phase = to;
+            }
+            goes
+        });
+        drop(jobs);
+        self.arrived.notify_all();
+    }
+
+    fn phase(&self) -> Phase {
+        *self.phase.borrow()
+    }
+
     fn is_stopping(&self) -> bool {
-        *self.stopping.borrow()
+        self.phase() == Phase::Stopping
+    }
+
+    /// Remembers a snapshot, so that it can be taken away.
+    fn add_held(&self, held: &Arc<Held>) {
+        let mut all = self.lock_held();
+        all.retain(|held| held.strong_count() > 0);
+        all.push(Arc::downgrade(held));
+    }
+
+    fn lock_held(&self) -> MutexGuard<'_, Vec<Weak<Held>>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Job>> {
@@ -262,6 +388,7 @@ impl Job {
         // Whoever has gone away needs no answer.
         match self {
             Self::Read(job) => job.tell(status),
+            Self::Hold { answer, .. } => drop(answer.send(Err(status))),
             Self::Classify { answer, .. } => drop(answer.send(Err(status))),
         }
     }

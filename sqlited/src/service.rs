@@ -4,9 +4,10 @@
 use std::{pin::Pin, sync::Arc};
 
 use resqlite::api::{
-    ExecuteRequest, ExecuteResponse, QueryRequest, QueryResponse, RunEvent, RunRequest, RunResponse,
-    Statement, StatementList, StatementResult, StatusRequest, StatusResponse, logged_request::Body,
-    re_sqlite_server::ReSqlite, run_event::Event,
+    BeginRequest, BeginResponse, ExecuteRequest, ExecuteResponse, QueryRequest, QueryResponse,
+    RollbackRequest, RollbackResponse, RunEvent, RunRequest, RunResponse, Statement, StatementList,
+    StatementResult, StatusRequest, StatusResponse, logged_request::Body, re_sqlite_server::ReSqlite,
+    run_event::Event,
 };
 use tokio::sync::mpsc;
 use tokio_stream::{Stream, StreamExt, once, wrappers::ReceiverStream};
@@ -21,6 +22,7 @@ use crate::{
     script::Kind,
     status::StatusSource,
     syntax::SyntaxCheck,
+    transactions::Transactions,
     write_path::WriteId,
 };
 
@@ -40,6 +42,8 @@ pub struct Service {
 pub struct ServiceParts {
     /// Writes, reads and scripts.
     pub runner: Runner,
+    /// Optimistic transactions.
+    pub transactions: Arc<Transactions>,
     /// Keeps what cannot be parsed out of the log.
     pub syntax: SyntaxCheck,
     /// Answers `Status`.
@@ -67,6 +71,11 @@ impl ReSqlite for Service {
         let request = request.into_inner();
         let response = match (request.statements.is_empty(), request.script.is_empty()) {
             (false, true) => self.parts.execute_atomic(request, deadline).await?,
+            (true, false) if !request.transaction.is_empty() => {
+                return Err(Status::invalid_argument(
+                    "a transaction commits statements, not a script: all of them are applied, or none",
+                ));
+            }
             (true, false) => self.parts.execute_script(request, deadline).await?,
             (true, true) => return Err(invalid_sql(own_sql_error("the request holds no statement", 0), 0)),
             (false, false) => {
@@ -80,12 +89,17 @@ impl ReSqlite for Service {
 
     async fn query(&self, request: Request<QueryRequest>) -> Result<Response<Self::QueryStream>, Status> {
         let deadline = Deadline::of_request(request.metadata());
-        let QueryRequest { sql, params, named_params, read } = request.into_inner();
+        let QueryRequest { sql, params, named_params, read, transaction } = request.into_inner();
         let statement = Statement { sql, params, named_params, ..Statement::default() };
         check_statement(&statement, 1)?;
         let Runner { readers, gate, .. } = &self.parts.runner;
-        gate.pass(&read.unwrap_or_default(), deadline.of_step()).await?;
-        let mut batches = readers.read(statement, 1, deadline.named())?;
+        let mut batches = if transaction.is_empty() {
+            gate.pass(&read.unwrap_or_default(), deadline.of_step()).await?;
+            readers.read(statement, 1, deadline.named())?
+        } else {
+            let (held, turn) = self.parts.transactions.read(&transaction, deadline.of_step()).await?;
+            readers.read_held(held, turn, statement, deadline.named())?
+        };
         // An error before the first row is the call's own status, which every client sees at once.
         let first =
             batches.next().await.ok_or_else(|| Status::internal("the read ended without an answer"))??;
@@ -118,6 +132,26 @@ impl ReSqlite for Service {
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
+    async fn begin(&self, request: Request<BeginRequest>) -> Result<Response<BeginResponse>, Status> {
+        let deadline = Deadline::of_request(request.metadata());
+        let read = request.into_inner().read.unwrap_or_default();
+        self.parts.runner.gate.pass(&read, deadline.of_step()).await?;
+        let begun = self.parts.transactions.begin().await?;
+        Ok(Response::new(BeginResponse {
+            transaction: begun.token,
+            log_index: begun.log_index,
+            expires_in_ms: begun.expires_in.as_millis() as u64,
+        }))
+    }
+
+    async fn rollback(
+        &self,
+        request: Request<RollbackRequest>,
+    ) -> Result<Response<RollbackResponse>, Status> {
+        self.parts.transactions.rollback(&request.into_inner().transaction)?;
+        Ok(Response::new(RollbackResponse {}))
+    }
+
     async fn status(&self, _request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         Ok(Response::new(self.parts.status.status().await))
     }
@@ -129,7 +163,7 @@ impl ServiceParts {
         request: ExecuteRequest,
         deadline: Deadline,
     ) -> Result<ExecuteResponse, Status> {
-        let ExecuteRequest { statements, id, foreign_keys, .. } = request;
+        let ExecuteRequest { statements, id, foreign_keys, transaction, .. } = request;
         if statements.len() > MAX_STATEMENTS {
             return Err(Status::resource_exhausted(format!(
                 "the request holds {} statements, the limit is {MAX_STATEMENTS}: split it",
@@ -140,10 +174,14 @@ impl ServiceParts {
             check_statement(statement, position + 1)?;
         }
         let statements = self.parsable(statements).await?;
+        let reads = match transaction.as_str() {
+            "" => None,
+            token => Some(self.transactions.commit(token, id.as_ref(), deadline.of_step()).await?),
+        };
         let id = id.map_or(WriteId::ServerMade, |id| WriteId::ClientMade { id, part: 0 });
         let body = Body::Atomic(StatementList { statements });
-        let reply =
-            self.runner.writes.write(id, foreign_keys.unwrap_or(true), body, deadline.of_step()).await?;
+        let (foreign_keys, deadline) = (foreign_keys.unwrap_or(true), deadline.of_step());
+        let reply = self.runner.writes.write(id, foreign_keys, reads, body, deadline).await?;
         if let Some(status) = reply_status(&reply, |number| number) {
             return Err(status);
         }

@@ -117,6 +117,16 @@ impl Attempts {
         }
     }
 
+    /// The same, asking this endpoint first.
+    pub fn starting_at(self, node: usize) -> Self {
+        Self { node, ..self }
+    }
+
+    /// The endpoint that the present attempt goes to, or the last one went to.
+    pub fn present(&self) -> (usize, Connection) {
+        (self.node, self.endpoints.all[self.node].1.clone())
+    }
+
     /// Says that an answer brought something new: what fails afterwards is a new failure.
     pub fn progressed(&mut self) {
         if self.failing_since.take().is_some() {

@@ -13,7 +13,7 @@ use tonic::{Code, Response};
 
 use super::{error::sql_status, *};
 use crate::api::{
-    NodeStatus, QueryResponse, RequestId, RunColumns, RunDone, RunEvent, RunResponse,
+    BeginRequest, BeginResponse, NodeStatus, QueryResponse, RequestId, RollbackRequest, RollbackResponse, RunColumns, RunDone, RunEvent, RunResponse,
     re_sqlite_server::{ReSqlite, ReSqliteServer},
     run_event,
 };
@@ -64,6 +64,14 @@ impl ReSqlite for Node {
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<Self::RunStream>, Status> {
         self.0.ran.lock().unwrap().push(request.into_inner());
         self.0.run_answers.lock().unwrap().pop_front().unwrap_or_else(|| Ok(Vec::new())).map(stream)
+    }
+
+    async fn begin(&self, _: Request<BeginRequest>) -> Result<Response<BeginResponse>, Status> {
+        Err(Status::unimplemented("nothing here is a transaction"))
+    }
+
+    async fn rollback(&self, _: Request<RollbackRequest>) -> Result<Response<RollbackResponse>, Status> {
+        Err(Status::unimplemented("nothing here is a transaction"))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {

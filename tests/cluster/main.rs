@@ -15,6 +15,7 @@ mod harness;
 mod large_results;
 mod logictest;
 mod logictest_format;
+mod optimistic;
 mod playground;
 mod random_scripts;
 mod real_data;

@@ -20,7 +20,7 @@ use tokio::{
 };
 use tonic::{Code, Status};
 
-use super::{Job, Patience, Queue, ReadBatch, ReadJob, shutting_down};
+use super::{Held, Job, Patience, Phase, Queue, ReadBatch, ReadJob, shutting_down};
 use crate::{
     apply,
     classify::{self, Nature},
@@ -53,7 +53,7 @@ impl Reader {
     /// Takes job after job until the pool stops.
     pub fn run(self) {
         let mut open: Option<OpenReader> = None;
-        while let Some(job) = self.queue.pop() {
+        while let Some(job) = self.queue.pop(&mut open) {
             // Opened by need, and again after a failure: a connection that has met one may be of no further use.
             let reader = match open.take().map_or_else(|| self.open(), Ok) {
                 Ok(reader) => reader,
@@ -76,7 +76,22 @@ impl Reader {
 
     fn work(&self, reader: &OpenReader, job: Job) -> rusqlite::Result<()> {
         match job {
-            Job::Read(job) => self.read(reader, job),
+            Job::Read(job) => match job.held.clone() {
+                None => self.read(reader, job),
+                Some(held) => {
+                    self.read_held(&held, job);
+                    Ok(())
+                }
+            },
+            Job::Hold { until, answer } => {
+                let held = self.open().and_then(|reader| Held::open(reader, until));
+                let held = held.inspect(|held| self.queue.add_held(held));
+                // Nobody waits any more: it is closed again.
+                let _ = answer.send(held.map_err(|error| {
+                    Status::unavailable(format!("this node cannot open its database: {error}"))
+                }));
+                Ok(())
+            }
             Job::Classify { statements, range, answer } => {
                 let kinds = range.map(|at| reader.kind(&statements[at].sql)).collect();
                 // Nobody waits any more: nothing to do.
@@ -91,6 +106,21 @@ impl Reader {
         Ok(OpenReader { connection, syntax: SyntaxCheck::new()?, known_reads: RefCell::default() })
     }
 
+    /// Answers one read of an open snapshot, with that one's connection.
+    fn read_held(&self, held: &Held, mut job: ReadJob) {
+        // Until the connection is given back: whoever has the turn next needs it.
+        let _turn = job.turn.take();
+        let Some(reader) = held.take_reader() else {
+            return job.tell(Status::aborted("the transaction's snapshot is gone; begin again"));
+        };
+        match self.read(&reader, job) {
+            Ok(()) => held.give_back(reader),
+            Err(error) => {
+                tracing::error!(%error, "a transaction's read met an error of this node; it has ended")
+            }
+        }
+    }
+
     /// Answers one read. An error is the connection's own, not the statement's.
     fn read(&self, reader: &OpenReader, job: ReadJob) -> rusqlite::Result<()> {
         let began = Instant::now();
@@ -98,7 +128,8 @@ impl Reader {
             queue: Arc::clone(&self.queue),
             client: job.batches.clone(),
             deadline: job.deadline,
-            snapshot_until: began + self.patience.snapshot,
+            snapshot_until: job.held.as_ref().map_or(began + self.patience.snapshot, |held| held.until()),
+            of_transaction: job.held.is_some(),
             patience: self.patience,
         };
         if let Some(ended) = watch.ended() {
@@ -129,8 +160,8 @@ impl Reader {
     }
 }
 
-struct OpenReader {
-    connection: connection::Reader,
+pub(super) struct OpenReader {
+    pub connection: connection::Reader,
     syntax: SyntaxCheck,
     /// Texts that were found to be reads. Should a change of the schema make one of them anything
     /// else, then the connection, which can only read, refuses it.
@@ -164,7 +195,9 @@ enum Ended {
     ClientGone,
     Deadline,
     SnapshotTooOld(Duration),
+    TransactionTooOld,
     ClientStalled(Duration),
+    Replaced,
     Stopping,
 }
 
@@ -178,10 +211,12 @@ impl Ended {
                 "the read held its snapshot for {} s, the longest that a read may: read in smaller pieces",
                 patience.as_secs_f32()
             )),
+            Self::TransactionTooOld => Status::aborted("the transaction's snapshot has expired; begin again"),
             Self::ClientStalled(patience) => Status::aborted(format!(
                 "the client took no rows for {} s: read in smaller pieces",
                 patience.as_secs_f32()
             )),
+            Self::Replaced => Status::aborted("the database was replaced by a snapshot; try again"),
             Self::Stopping => shutting_down(),
         };
         job.tell(status);
@@ -195,6 +230,7 @@ struct Watch {
     client: mpsc::Sender<ReadBatch>,
     deadline: Option<Instant>,
     snapshot_until: Instant,
+    of_transaction: bool,
     patience: Patience,
 }
 
@@ -203,14 +239,26 @@ impl Watch {
         if self.client.is_closed() {
             return Some(Ended::ClientGone);
         }
-        if self.queue.is_stopping() {
-            return Some(Ended::Stopping);
+        if let Some(ended) = Self::ended_by(self.queue.phase()) {
+            return Some(ended);
         }
         let now = Instant::now();
         if self.deadline.is_some_and(|deadline| now >= deadline) {
             return Some(Ended::Deadline);
         }
-        (now >= self.snapshot_until).then_some(Ended::SnapshotTooOld(self.patience.snapshot))
+        let too_old = match self.of_transaction {
+            true => Ended::TransactionTooOld,
+            false => Ended::SnapshotTooOld(self.patience.snapshot),
+        };
+        (now >= self.snapshot_until).then_some(too_old)
+    }
+
+    fn ended_by(phase: Phase) -> Option<Ended> {
+        match phase {
+            Phase::Open => None,
+            Phase::Closed => Some(Ended::Replaced),
+            Phase::Stopping => Some(Ended::Stopping),
+        }
     }
 
     /// Sends a batch, and waits for a slow client, within bounds.
@@ -222,7 +270,7 @@ impl Watch {
         };
         let mut until = self.snapshot_until.min(Instant::now() + self.patience.stalled_client);
         until = self.deadline.map_or(until, |deadline| until.min(deadline));
-        let mut stopping = self.queue.stopping.subscribe();
+        let mut phase = self.queue.phase.subscribe();
         runtime.block_on(async {
             tokio::select! {
                 sent = timeout_at(until.into(), self.client.send(batch)) => match sent {
@@ -230,7 +278,9 @@ impl Watch {
                     Ok(Err(_)) => Err(Ended::ClientGone),
                     Err(_) => Err(self.ended().unwrap_or(Ended::ClientStalled(self.patience.stalled_client))),
                 },
-                _ = stopping.wait_for(|stopping| *stopping) => Err(Ended::Stopping),
+                Ok(phase) = phase.wait_for(|phase| *phase != Phase::Open) => {
+                    Err(Self::ended_by(*phase).unwrap_or(Ended::Stopping))
+                }
             }
         })
     }
@@ -261,6 +311,9 @@ struct Reading<'a> {
 
 impl Reading<'_> {
     fn run(&self) -> Result<(), Failure> {
+        if let Some(held) = &self.job.held {
+            return self.check().and_then(|()| self.rows(held.log_index()));
+        }
         let connection = self.reader.connection.connection();
         // One snapshot for the log index and the rows. It is given up whichever way this ends.
         let snapshot = connection.unchecked_transaction().map_err(Failure::Node)?;
@@ -292,7 +345,7 @@ impl Reading<'_> {
 
     fn rows(&self, log_index: u64) -> Result<(), Failure> {
         let source = &self.job.statement;
-        let read = self.reader.connection.read(&source.sql, |statement| {
+        let run = |statement: &mut rusqlite::Statement<'_>| {
             Ok(match value::bind(statement, source) {
                 Ok(()) => self.stream(statement, log_index),
                 Err(BindError::Mismatch(message)) => {
@@ -300,7 +353,11 @@ impl Reading<'_> {
                 }
                 Err(BindError::Sqlite(error)) => Err(self.failure(error, Code::InvalidArgument)),
             })
-        });
+        };
+        let read = match &self.job.held {
+            Some(held) => self.reader.connection.read_noting(&source.sql, |facts| held.note(facts), run),
+            None => self.reader.connection.read(&source.sql, |statement| run(statement)),
+        };
         read.unwrap_or_else(|error| Err(self.failure(error, Code::InvalidArgument)))
     }
 

@@ -12,8 +12,8 @@ use tonic::{Code, Request, Response, Status};
 use super::*;
 use crate::{
     api::{
-        self, ExecuteRequest, ExecuteResponse, NodeStatus, QueryRequest, QueryResponse, RunColumns, RunDone,
-        RunEvent, RunRequest, RunResponse, SqlError, StatusRequest, StatusResponse,
+        self, BeginRequest, BeginResponse, ExecuteRequest, ExecuteResponse, NodeStatus, QueryRequest,
+        QueryResponse, RollbackRequest, RollbackResponse, RunColumns, RunDone, RunEvent, RunRequest, RunResponse, SqlError, StatusRequest, StatusResponse,
         re_sqlite_server::{ReSqlite, ReSqliteServer},
         run_event,
         value::Kind,
@@ -47,6 +47,14 @@ impl ReSqlite for Server {
             sender.try_send(Err(status)).unwrap();
         }
         Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn begin(&self, _: Request<BeginRequest>) -> Result<Response<BeginResponse>, Status> {
+        Err(Status::unimplemented("nothing here is a transaction"))
+    }
+
+    async fn rollback(&self, _: Request<RollbackRequest>) -> Result<Response<RollbackResponse>, Status> {
+        Err(Status::unimplemented("nothing here is a transaction"))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
