@@ -90,15 +90,19 @@ pub(crate) fn prepare_single<'c>(
     guard.begin(Phase::Prepare);
     let mut batch = Batch::new(connection, sql);
     let first = batch.next();
-    let facts = guard.end();
+    let mut facts = guard.end();
     let Ok(Some(statement)) = first else { return (first.map_err(PrepareError::Sqlite), facts) };
     // What follows may only be blanks and comments.
     guard.begin(Phase::Prepare);
     let second = batch.next();
-    guard.end();
+    let also = guard.end();
     match second {
         Ok(None) => (Ok(Some(statement)), facts),
-        _ => (Err(PrepareError::Several), facts),
+        _ => {
+            // A PRAGMA that has its effect while it is prepared has had it.
+            facts.until_request_ends |= also.until_request_ends;
+            (Err(PrepareError::Several), facts)
+        }
     }
 }
 

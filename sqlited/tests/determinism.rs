@@ -501,3 +501,27 @@ fn a_statement_that_is_more_or_less_than_one_is_refused() {
     assert_eq!(machine.atomic(&["SELECT 1; -- and no more"]).error, None);
     assert_eq!(machine.atomic(&["/* first */ SELECT 1 ;; "]).error, None);
 }
+
+#[test]
+fn a_table_made_from_columns_of_one_name_is_refused_where_their_names_would_be_random() {
+    let mut machine = Machine::new();
+    machine.ok(&["CREATE TABLE few AS SELECT 1 a, 2 a, 3 a, 4 a"]);
+    assert_eq!(machine.read("SELECT \"a:3\" FROM few"), "4");
+    let (class, message) = machine.refusal("CREATE TABLE many AS SELECT 1 a, 2 a, 3 a, 4 a, 5 a");
+    assert_eq!(class, ReplyClass::Invalid, "{message}");
+    assert!(message.contains("random names"), "{message}");
+}
+
+#[test]
+fn a_pragma_behind_a_statement_does_not_reach_the_next_request() {
+    let mut machine = Machine::new();
+    machine
+        .ok(&["CREATE TABLE parent(id INTEGER PRIMARY KEY)", "CREATE TABLE child(id REFERENCES parent(id))"]);
+    // SQLite takes `$a('); …` for a parameter that ends at the parenthesis, and what follows for another statement.
+    let smuggled = "SELECT $a('); PRAGMA defer_foreign_keys=ON; --'";
+    let (first, second) =
+        (machine.request_atomic(&[smuggled]), machine.request_atomic(&["INSERT INTO child VALUES (1)"]));
+    let replies = machine.apply_all(vec![first, second]);
+    assert!(replies[0].error.is_some());
+    assert!(replies[1].error.is_some(), "enforced at once, as always");
+}

@@ -311,9 +311,37 @@ impl<'c> Execution<'_, 'c> {
             Ok(found > 0)
         };
         match check() {
-            Ok(false) => Ok(()),
+            Ok(false) => self.check_column_names(facts, number),
             Ok(true) => {
                 let reason = format!("names that begin with {RESERVED_PREFIX} are the server's own");
+                Err(Failure::refused(number, reason).into())
+            }
+            Err(error) => Err(self.judge(&error, number, false)),
+        }
+    }
+
+    /// CREATE TABLE … AS gives columns of one name the names `a`, `a:1`, `a:2`, `a:3` and then `a:` with a random number
+    /// (sqlite3ColumnsFromExprList), which would be another one on each node.
+    fn check_column_names(&self, facts: &StatementFacts, number: u32) -> Result<(), Halt> {
+        let connection = &self.writer.connection;
+        let check = || -> rusqlite::Result<bool> {
+            let mut columns = connection.prepare("SELECT name FROM pragma_table_xinfo(?1)")?;
+            for table in &facts.defined_tables {
+                let mut names = columns.query([table.as_str()])?;
+                while let Some(row) = names.next()? {
+                    let name: String = row.get(0)?;
+                    let suffix = name.rsplit_once(':').and_then(|(_, suffix)| suffix.parse::<u64>().ok());
+                    if suffix.is_some_and(|suffix| suffix > 3) {
+                        return Ok(true);
+                    }
+                }
+            }
+            Ok(false)
+        };
+        match check() {
+            Ok(false) => Ok(()),
+            Ok(true) => {
+                let reason = "SQLite would give columns of one name random names here: give each its own";
                 Err(Failure::refused(number, reason).into())
             }
             Err(error) => Err(self.judge(&error, number, false)),
