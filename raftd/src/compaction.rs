@@ -88,10 +88,13 @@ impl Compaction {
         !self.holds.is_empty()
     }
 
-    /// A peer's log equals ours up to here.
-    pub fn peer_is_at(&mut self, peer: NodeId, index: Index) {
-        if let Some(hold) = self.holds.get_mut(&peer).filter(|hold| hold.until.is_some()) {
-            hold.after = hold.after.max(index);
+    /// A peer's log equals ours up to here. Once that is within the tail, or the peer has gone silent, it is a
+    /// follower like any other.
+    pub fn peer_is_at(&mut self, peer: NodeId, index: Index, active: bool) {
+        let Some(hold) = self.holds.get_mut(&peer).filter(|hold| hold.until.is_some()) else { return };
+        hold.after = hold.after.max(index);
+        if !active || index + self.tail_entries >= self.durable_index {
+            self.holds.remove(&peer);
         }
     }
 
@@ -185,5 +188,33 @@ mod tests {
         assert_eq!(compaction.due(100), None);
         compaction.release(2);
         assert_eq!(compaction.due(100), Some(490));
+    }
+
+    #[test]
+    fn what_a_peer_has_yet_to_fetch_after_its_snapshot_stays_for_a_while() {
+        let mut compaction = Compaction::new(10, 1 << 30);
+        let now = Instant::now();
+        compaction.state_machine_is_durable(500);
+        compaction.hold(2);
+        compaction.hold_after_snapshot(2, 120, now);
+        assert_eq!(compaction.due(0), Some(120));
+        compaction.peer_is_at(2, 300, true);
+        assert_eq!(compaction.due(120), Some(300));
+        compaction.peer_is_at(2, 250, true);
+        assert_eq!(compaction.due(300), None, "a late report moves nothing back");
+        compaction.peer_is_at(2, 490, true);
+        assert!(!compaction.is_holding(), "it is within the tail");
+        assert_eq!(compaction.due(300), Some(490));
+
+        compaction.hold_after_snapshot(2, 495, now);
+        compaction.state_machine_is_durable(2_000);
+        assert_eq!(compaction.due(490), Some(495));
+        compaction.expire_holds(now + CATCH_UP_PATIENCE);
+        assert_eq!(compaction.due(490), Some(1_990), "a peer that never comes must not fill the disk");
+
+        compaction.hold_after_snapshot(2, 1_995, now);
+        compaction.state_machine_is_durable(9_000);
+        compaction.peer_is_at(2, 1_995, false);
+        assert_eq!(compaction.due(1_990), Some(8_990), "nor must one that has gone again");
     }
 }

@@ -456,7 +456,7 @@ impl Driver {
     fn compact(&mut self) -> Result<(), DriverError> {
         if self.compaction.is_holding() {
             for (peer, status) in self.node.status().peers {
-                self.compaction.peer_is_at(peer, status.matched_index);
+                self.compaction.peer_is_at(peer, status.matched_index, status.recently_active);
             }
             self.compaction.expire_holds(Instant::now().into_std());
         }

@@ -13,7 +13,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use resqlite::api::{ExecuteRequest, RequestId, re_sqlite_client::ReSqliteClient};
+use resqlite::api::{
+    ExecuteRequest, LogStatusRequest, LogStatusResponse, RequestId, log_service_client::LogServiceClient,
+    re_sqlite_client::ReSqliteClient,
+};
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
@@ -43,9 +46,29 @@ async fn insert_many(cluster: &Cluster, nodes: &[usize], count: u64) {
     }
 }
 
-fn kill_node(cluster: &mut Cluster, node: usize) {
+/// Kills a node, and writes until the others' logs begin after what it has.
+async fn leave_behind(cluster: &mut Cluster, node: usize, writes: u64) {
     cluster.kill(node, Daemon::Raftd);
     cluster.kill(node, Daemon::Sqlited);
+    let others: Vec<usize> = (0..3).filter(|other| *other != node).collect();
+    let mut has = 0;
+    for other in &others {
+        // It may have more than it had applied when somebody could still ask it.
+        has = has.max(log_status(cluster, *other).await.expect("the others run").last_index);
+    }
+    insert_many(cluster, &others, writes).await;
+    for other in others {
+        let what = format!("the log of node {} begins after index {has}", other + 1);
+        let begins_after = || async { (log_status(cluster, other).await?.first_index > has + 1).then_some(()) };
+        eventually(&what, begins_after).await;
+    }
+}
+
+/// What a node's raftd says of its log.
+async fn log_status(cluster: &Cluster, node: usize) -> Option<LogStatusResponse> {
+    let socket = format!("unix://{}/node{}/raftd.sock", cluster.path().display(), node + 1);
+    let mut client = LogServiceClient::connect(socket).await.ok()?;
+    Some(client.log_status(LogStatusRequest {}).await.ok()?.into_inner())
 }
 
 async fn applied_index(cluster: &Cluster, node: usize) -> u64 {
@@ -166,7 +189,7 @@ async fn a_node_left_behind_is_brought_up_by_a_snapshot_while_writes_go_on() {
     let behind = (cluster.leader().await + 1) % 3;
     let others: Vec<usize> = (0..3).filter(|node| *node != behind).collect();
     cluster.wait_until_level().await;
-    kill_node(&mut cluster, behind);
+    leave_behind(&mut cluster, behind, 5_000).await;
 
     // What the node has never executed, it must know all the same.
     let id = RequestId {
@@ -177,7 +200,6 @@ async fn a_node_left_behind_is_brought_up_by_a_snapshot_while_writes_go_on() {
     };
     let once = "insert into once values(random()) returning n";
     let first = execute_as(&mut cluster.client(others[0]), once, Some(id.clone())).await.unwrap();
-    insert_many(&cluster, &others, 5_000).await;
 
     let writers = Writers::start(&cluster, 3);
     cluster.launch(behind);
@@ -270,9 +292,7 @@ async fn kill_nine_at_any_moment_of_a_snapshot_loses_nothing() {
     for round in 0..20 {
         let leader = cluster.leader().await;
         let behind = (leader + 1 + round / 10) % 3;
-        let others: Vec<usize> = (0..3).filter(|node| *node != behind).collect();
-        kill_node(&mut cluster, behind);
-        insert_many(&cluster, &others, 1_280).await;
+        leave_behind(&mut cluster, behind, 1_280).await;
         let (installs_before, size) = (installs(&cluster, behind), fs::metadata(cluster.database(leader)));
         cluster.launch(behind);
         moment(&cluster, behind, size.unwrap().len(), MOMENTS[round % MOMENTS.len()], installs_before).await;
