@@ -141,6 +141,8 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
         reader,
         store: store.handle(),
         snapshots: snapshots.clone(),
+        // The core gives a transfer up after one election timeout.
+        transfer_patience: Duration::from_millis(2 * config.cluster.election_timeout_ms),
         shutdown: shutdown.clone(),
         attached: AtomicBool::new(false),
     });

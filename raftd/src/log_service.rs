@@ -10,6 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use raft::{Index, Log, Position, Role, SnapshotOutcome};
@@ -22,7 +23,10 @@ use resqlite::{
     },
     daemon::Shutdown,
 };
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot, watch},
+    time::timeout,
+};
 use tokio_stream::{
     Stream, StreamExt,
     wrappers::{ReceiverStream, UnboundedReceiverStream},
@@ -73,6 +77,8 @@ pub struct LocalLogParts {
     pub store: StoreHandle,
     /// Relays snapshots.
     pub snapshots: Snapshots,
+    /// How long a transfer of leadership may take.
+    pub transfer_patience: Duration,
     /// Ends the streams.
     pub shutdown: Shutdown,
     /// Whether a state machine is attached.
@@ -374,12 +380,12 @@ impl LocalLogParts {
             .map_err(|_| stopping())?
             .map_err(|error| Status::failed_precondition(error.to_string()))?;
         let mut progress = self.progress.clone();
-        // Ends when somebody else leads, or when the core gave up after an election timeout and leads on.
-        let seen = progress
-            .wait_for(|now| now.leader.is_some_and(|leader| leader != self.node_id))
-            .await
-            .map_err(|_| stopping())?;
-        Ok(seen.leader.unwrap_or(0))
+        let other_leads = progress.wait_for(|now| now.leader.is_some_and(|leader| leader != self.node_id));
+        match timeout(self.transfer_patience, other_leads).await {
+            Ok(Ok(now)) => Ok(now.leader.unwrap_or(0)),
+            Ok(Err(_)) => Err(stopping()),
+            Err(_) => Err(Status::unavailable("nobody took over in time; this node leads on")),
+        }
     }
 
     fn status_response(&self, status: &raft::Status) -> Result<LogStatusResponse, Status> {

@@ -106,7 +106,14 @@ impl Proposals {
         // are placed in log order within a term, but a new leader's may come
         // to lie before an old one's, so all are looked at: they are few.
         let mut still_waiting = VecDeque::with_capacity(self.placed.len());
+        let commit_term = term_at(commit_index)?.unwrap_or(0);
         for batch in self.placed.drain(..) {
+            if batch.first_index > commit_index && commit_term > batch.term {
+                // A later leader has committed before the batch's place: it overwrites what it does not hold, and
+                // need not write anything more for a long time. The proposer may try again under the same id.
+                answer_each(batch, Outcome::Unknown(ProposalUnknown {}));
+                continue;
+            }
             if batch.last_index > commit_index {
                 still_waiting.push_back(batch);
                 continue;
@@ -223,6 +230,17 @@ mod tests {
         let (batch, mut receiver) = waiting(&mut proposals, &[1]);
         proposals.placed(batch, 10, 3);
         committed(&mut proposals, 500, |_| None);
+        assert_eq!(outcomes(&mut receiver), vec![(1, Outcome::Unknown(ProposalUnknown {}))]);
+    }
+
+    #[test]
+    fn a_batch_behind_a_later_leaders_commit_does_not_wait_for_its_index() {
+        let mut proposals = Proposals::default();
+        let (batch, mut receiver) = waiting(&mut proposals, &[1]);
+        proposals.placed(batch, 92, 3);
+        committed(&mut proposals, 91, |_| Some(3));
+        assert!(receiver.try_recv().is_err(), "its own leader commits one after the other");
+        committed(&mut proposals, 91, |_| Some(4));
         assert_eq!(outcomes(&mut receiver), vec![(1, Outcome::Unknown(ProposalUnknown {}))]);
     }
 
