@@ -299,9 +299,9 @@ async fn kill_nine_at_any_moment_of_a_snapshot_loses_nothing() {
         for (node, daemon) in victims(round, behind, leader) {
             cluster.kill(node, daemon);
         }
-        writers.progress(5).await;
         (0..3).for_each(|node| cluster.launch(node));
         cluster.wait_until_serving().await;
+        writers.progress(5).await;
     }
     let acknowledged = writers.stop().await;
     cluster.wait_until_level().await;
