@@ -82,6 +82,24 @@ fn raise_rollback_fails_its_own_request_only() {
 }
 
 #[test]
+fn or_fail_and_raise_fail_leave_nothing_of_their_statement() {
+    let (replies, machine) = alike(
+        &[
+            "CREATE TABLE t(a PRIMARY KEY)",
+            "CREATE TRIGGER no BEFORE INSERT ON t WHEN new.a = 13 BEGIN SELECT RAISE(FAIL, 'no'); END",
+        ],
+        &[
+            |machine| machine.request_script(&["INSERT OR FAIL INTO t VALUES (1), (1)"]),
+            |machine| machine.request_atomic(&["INSERT INTO t VALUES (2), (13)"]),
+            |machine| machine.request_atomic(&["INSERT INTO t VALUES (3)"]),
+        ],
+    );
+    use ReplyClass::{Failed, Ok};
+    assert_eq!(classes(&replies), [Failed, Failed, Ok]);
+    assert_eq!(machine.read("SELECT group_concat(a) FROM t"), "3");
+}
+
+#[test]
 fn autoincrement_at_its_end_fails_its_own_request_only() {
     let (replies, machine) = alike(
         &[

@@ -104,25 +104,25 @@ async fn an_id_that_cannot_be_answered_has_its_own_error_and_changes_nothing() {
 }
 
 #[tokio::test]
-async fn replies_that_nobody_acknowledges_are_bounded_and_acknowledging_makes_room() {
+async fn of_replies_that_nobody_acknowledges_the_oldest_go_and_still_nothing_is_applied_twice() {
     // The bound of the server: sessions::MAX_SESSION_BYTES, 4 MiB.
     let cluster = Cluster::start(3).await;
     let mut client = cluster.client(0);
-    execute(&mut client, "create table t(v)").await.unwrap();
-    let insert = "insert into t values(zeroblob(1 << 20)) returning v";
-    let mut refused = None;
+    execute(&mut client, "create table t(n integer primary key, v)").await.unwrap();
+    let insert = "insert into t(v) values(zeroblob(1 << 20)) returning n, v";
+    let mut last = None;
     for sequence in 1..=10 {
-        if let Err(status) = execute_as(&mut client, insert, Some(id(3, sequence, 1))).await {
-            refused = Some((sequence, status));
-            break;
-        }
+        last = Some(execute_as(&mut client, insert, Some(id(3, sequence, 1))).await.unwrap());
     }
-    let (sequence, status) = refused.expect("ten replies of 1 MiB are more than the bound");
-    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
-    assert!(status.message().contains("acknowledge"), "{}", status.message());
-    let rows = query(&mut client, "select count(*) from t").await.unwrap();
-    assert_eq!(only_integer(&rows), sequence as i64 - 1, "what was refused was not applied");
-    execute_as(&mut client, insert, Some(id(3, sequence, sequence))).await.unwrap();
+    let again = execute_as(&mut cluster.client(1), insert, Some(id(3, 10, 1))).await.unwrap();
+    assert_eq!(Some(again), last, "the newest replies are kept");
+    let oldest = execute_as(&mut cluster.client(2), insert, Some(id(3, 1, 1))).await.unwrap_err();
+    assert_eq!(oldest.code(), Code::DeadlineExceeded, "{oldest:?}");
+    assert!(oldest.message().contains("was applied before; its reply was not kept"), "{}", oldest.message());
+    for node in 0..3 {
+        let rows = query(&mut cluster.client(node), "select count(*) from t").await.unwrap();
+        assert_eq!(only_integer(&rows), 10);
+    }
 }
 
 /// How many accounts, clients, and how much money in each account at first.
