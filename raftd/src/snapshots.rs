@@ -159,11 +159,11 @@ impl Snapshots {
         };
         let SnapshotChunk { data, last, .. } = first;
         let first = SnapshotPart { transfer_id, position: Some(position_to_wire(position)), data, last };
-        let result = relay(first, &mut chunks, &sender).await;
-        self.lock().incoming.remove(&transfer_id);
-        match result {
+        match relay(first, &mut chunks, &sender).await {
+            // A small one may be all relayed before the state machine has come for it.
             Ok(()) => Ok(Taken { parts: sender }),
             Err(status) => {
+                self.lock().incoming.remove(&transfer_id);
                 let _ = sender.try_send(Err(status.clone()));
                 Err(status)
             }
@@ -230,7 +230,9 @@ async fn deliver(peer: NodeId, route: Route, parts: &mut PartReceiver) -> Result
                 break;
             }
             match parts.recv().await {
-                Some(Ok(SnapshotPart { data, last, .. })) => chunk = SnapshotChunk { header: None, data, last },
+                Some(Ok(SnapshotPart { data, last, .. })) => {
+                    chunk = SnapshotChunk { header: None, data, last }
+                }
                 Some(Err(status)) => return status,
                 None => return given_up(),
             }
@@ -263,7 +265,8 @@ async fn relay(
         }
         // A call that is cancelled looks like one that has ended.
         let chunk = stalled(timeout(STALLED_AFTER, chunks.message()).await)??;
-        let SnapshotChunk { data, last, .. } = chunk.ok_or_else(|| Status::aborted("the snapshot was cut off"))?;
+        let SnapshotChunk { data, last, .. } =
+            chunk.ok_or_else(|| Status::aborted("the snapshot was cut off"))?;
         part = SnapshotPart { transfer_id, position: None, data, last };
     }
 }
