@@ -116,10 +116,8 @@ impl RaftService for PeerService {
             return Ok(Response::new(InstallSnapshotResponse { index: commit_index }));
         }
         let taken = self.snapshots.offer(position_from_wire(position), first, chunks).await?;
-        let installed = timeout(
-            INSTALL_PATIENCE,
-            progress.wait_for(|now| now.deliverable_index >= position.index),
-        );
+        let installed =
+            timeout(INSTALL_PATIENCE, progress.wait_for(|now| now.deliverable_index >= position.index));
         tokio::select! {
             installed = installed => match installed {
                 Ok(Ok(_)) => Ok(Response::new(InstallSnapshotResponse { index: position.index })),
