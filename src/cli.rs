@@ -14,6 +14,7 @@ mod raft;
 mod render;
 mod shell;
 mod status;
+mod verify;
 
 use std::{
     io::{self, IsTerminal},
@@ -50,6 +51,8 @@ enum Command {
     Shell(ShellArguments),
     /// Show every node of the cluster
     Status(status::Arguments),
+    /// Compare what the nodes hold, while they serve
+    Verify(verify::Arguments),
     /// Measure a cluster: a closed loop of clients
     Bench(bench::Arguments),
     /// Speak to a raftd that has no sqlited
@@ -108,6 +111,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Playground(arguments) => playground::run(arguments).await,
         Command::Shell(arguments) => run_shell(arguments).await,
         Command::Status(arguments) => status::run(arguments).await,
+        Command::Verify(arguments) => verify::run(arguments).await,
         Command::Bench(arguments) => bench::run(arguments).await,
         Command::Raft(command) => raft::run(command).await,
     }

@@ -37,6 +37,7 @@ mod ids;
 mod stream;
 mod transaction;
 mod value;
+mod verify;
 
 use std::{
     sync::{
@@ -296,7 +297,13 @@ impl Client {
     /// Reads with one statement. Its rows arrive as they are taken.
     pub async fn query(&self, sql: impl Into<String>, params: impl Into<Params>) -> Result<Rows, Error> {
         let (params, named_params) = params.into().into_fields();
-        let request = QueryRequest { sql: sql.into(), params, named_params, read: Some(self.read_options()), ..Default::default() };
+        let request = QueryRequest {
+            sql: sql.into(),
+            params,
+            named_params,
+            read: Some(self.read_options()),
+            ..Default::default()
+        };
         // A node may answer with headers first and fail afterwards, so an attempt includes the first message.
         let call = |mut connection: endpoints::Connection, _| {
             let request = request.clone();

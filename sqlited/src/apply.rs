@@ -14,7 +14,7 @@ use std::{
 };
 
 use prost::Message;
-use resqlite::api::{LogEntry, LogEntryKind, LoggedRequest, ReplyClass, StoredReply};
+use resqlite::api::{LogEntry, LogEntryKind, LoggedRequest, ReplyClass, StoredReply, logged_request::Body};
 use rusqlite::{Connection, InterruptHandle, Statement, ffi};
 
 use crate::{
@@ -23,6 +23,7 @@ use crate::{
     execute::{self, Execution, Remedies, Savepoints, Stop},
     sessions::{Admission, ClientId, Sessions},
     sqlite_ffi::VfsState,
+    verify::Verifications,
     version,
     versions::Versions,
 };
@@ -55,11 +56,13 @@ pub struct ApplySettings {
     /// How many pages the WAL may have before a commit writes it back to the database. Done by SQLite in the
     /// committing thread: a checkpoint beside a busy writer never catches up, and the WAL would grow for ever.
     pub checkpoint_pages: u32,
+    /// Who hashes the content at the markers that ask for it.
+    pub verifications: Option<Verifications>,
 }
 
 impl Default for ApplySettings {
     fn default() -> Self {
-        Self { group_entries: 1_000, group_bytes: 4 << 20, checkpoint_pages: 4_096 }
+        Self { group_entries: 1_000, group_bytes: 4 << 20, checkpoint_pages: 4_096, verifications: None }
     }
 }
 
@@ -426,7 +429,12 @@ impl Applier {
                 }
             }
             bytes += entry.payload.len();
+            let is_marker = is_marker(&work);
             items.push(Item { entry, work });
+            // What is committed with it is what every node hashes.
+            if is_marker {
+                break;
+            }
         }
         Ok(items)
     }
@@ -518,6 +526,11 @@ impl Applier {
         self.position.applied_term = last.term;
         self.position.applied_timestamp_ms = last.timestamp_ms;
         self.durability.applied_index.store(last.index, Ordering::Release);
+        if let Some(verifications) = &self.settings.verifications
+            && is_marker(&items[done - 1].work)
+        {
+            verifications.marker(last.index);
+        }
         Ok(Group::Committed { done, reply_bytes })
     }
 
@@ -540,6 +553,11 @@ impl Applier {
     }
 }
 
+/// Whether every node hashes its content right after this.
+fn is_marker(work: &Work) -> bool {
+    matches!(work, Work::Request(request) if matches!(request.body, Some(Body::Verify(_))))
+}
+
 /// What is kept in memory beside the database, and changes with it.
 struct Memory<'m> {
     sessions: &'m mut Sessions,
@@ -558,6 +576,9 @@ fn run_request<'c>(
     with_session(sessions, request, entry, || {
         if let Some(conflict) = request.reads.as_ref().and_then(|reads| versions.conflict(reads)) {
             return Ok((execute::reply(entry.index, Vec::new(), Some(conflict)), false));
+        }
+        if let Some(Body::Verify(_)) = request.body {
+            return Ok((execute::reply(entry.index, Vec::new(), None), true));
         }
         let executed =
             Execution::run(writer, savepoints, request, entry.index, entry.timestamp_ms, remedies)?;

@@ -40,6 +40,7 @@ pub mod status;
 pub mod syntax;
 pub mod transactions;
 pub mod value;
+pub mod verify;
 pub mod version;
 pub mod versions;
 pub mod waiters;
@@ -70,7 +71,7 @@ use tonic::{
 use tonic_health::pb::health_server::{Health, HealthServer};
 
 use crate::{
-    apply::{Applier, ApplyError},
+    apply::{Applier, ApplyError, ApplySettings},
     consistency::ReadGate,
     facts::Facts,
     pipeline::{Pipeline, PipelineError},
@@ -81,6 +82,7 @@ use crate::{
     status::StatusSource,
     syntax::SyntaxCheck,
     transactions::Transactions,
+    verify::Verifications,
     waiters::Waiters,
     write_path::{WritePath, WriteSettings},
 };
@@ -155,7 +157,8 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
     {
         tracing::info!("a snapshot that was received before has taken the database's place");
     }
-    let applier = open(&database, &config)?;
+    let verifications = Verifications::new(database.clone());
+    let applier = open(&database, &config, verifications.clone())?;
     let facts = Facts::new(applier.position().applied_index);
     let readers =
         Readers::start(&database, config.sqlited.readers, Patience::default(), &runtime::Handle::current());
@@ -190,6 +193,8 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
     let service = Service::new(ServiceParts {
         runner,
         transactions: Arc::clone(&transactions),
+        verifications,
+        node_id: config.node_id,
         syntax: SyntaxCheck::new().map_err(|error| RunError::Start(error.to_string()))?,
         status: StatusSource::new(&config, database.clone(), link.clone(), facts.clone()),
         max_result_bytes: config.sqlited.max_result_bytes as usize,
@@ -232,8 +237,9 @@ fn prepare_data_dir(path: &Path) -> Result<PathBuf, RunError> {
     Ok(path.join(DATABASE_FILE))
 }
 
-fn open(database: &Path, config: &Config) -> Result<Applier, RunError> {
-    let applier = Applier::open(database, Default::default()).map_err(RunError::Open)?;
+fn open(database: &Path, config: &Config, verifications: Verifications) -> Result<Applier, RunError> {
+    let settings = ApplySettings { verifications: Some(verifications), ..ApplySettings::default() };
+    let applier = Applier::open(database, settings).map_err(RunError::Open)?;
     let (recorded, configured) = (applier.position().cluster_id, config.cluster_id());
     if recorded != 0 && recorded != configured {
         return Err(RunError::OtherCluster { database: recorded, configured });

@@ -4,12 +4,12 @@
 use std::{pin::Pin, sync::Arc};
 
 use resqlite::api::{
-    BeginRequest, BeginResponse, ExecuteRequest, ExecuteResponse, QueryRequest, QueryResponse,
-    RollbackRequest, RollbackResponse, RunEvent, RunRequest, RunResponse, Statement, StatementList,
-    StatementResult, StatusRequest, StatusResponse, logged_request::Body, re_sqlite_server::ReSqlite,
-    run_event::Event,
+    BeginRequest, BeginResponse, ContentHashRequest, ContentHashResponse, ExecuteRequest, ExecuteResponse,
+    QueryRequest, QueryResponse, RollbackRequest, RollbackResponse, RunEvent, RunRequest, RunResponse,
+    Statement, StatementList, StatementResult, StatusRequest, StatusResponse, VerifyMarker, VerifyRequest,
+    VerifyResponse, logged_request::Body, re_sqlite_server::ReSqlite, run_event::Event,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout_at};
 use tokio_stream::{Stream, StreamExt, once, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 
@@ -23,6 +23,7 @@ use crate::{
     status::StatusSource,
     syntax::SyntaxCheck,
     transactions::Transactions,
+    verify::{Verification, Verifications},
     write_path::WriteId,
 };
 
@@ -44,6 +45,10 @@ pub struct ServiceParts {
     pub runner: Runner,
     /// Optimistic transactions.
     pub transactions: Arc<Transactions>,
+    /// The content's hashes.
+    pub verifications: Verifications,
+    /// Of this node.
+    pub node_id: u64,
     /// Keeps what cannot be parsed out of the log.
     pub syntax: SyntaxCheck,
     /// Answers `Status`.
@@ -150,6 +155,41 @@ impl ReSqlite for Service {
     ) -> Result<Response<RollbackResponse>, Status> {
         self.parts.transactions.rollback(&request.into_inner().transaction)?;
         Ok(Response::new(RollbackResponse {}))
+    }
+
+    async fn verify(&self, request: Request<VerifyRequest>) -> Result<Response<VerifyResponse>, Status> {
+        let deadline = Deadline::of_request(request.metadata()).of_step();
+        let (id, body) = (WriteId::ServerMade, Body::Verify(VerifyMarker {}));
+        let reply = self.parts.runner.writes.write(id, true, None, body, deadline).await?;
+        if let Some(status) = reply_status(&reply, |number| number) {
+            return Err(status);
+        }
+        Ok(Response::new(VerifyResponse { log_index: reply.log_index }))
+    }
+
+    async fn content_hash(
+        &self,
+        request: Request<ContentHashRequest>,
+    ) -> Result<Response<ContentHashResponse>, Status> {
+        let deadline = Deadline::of_request(request.metadata()).of_step();
+        let index = request.into_inner().log_index;
+        let ServiceParts { runner, verifications, node_id, .. } = &*self.parts;
+        // A marker's result is known of from the moment that its entry is applied.
+        runner.gate.see_index(index, deadline).await?;
+        let result = timeout_at(deadline, verifications.result(index));
+        match result.await {
+            Ok(Some(Verification::Done(tables))) => {
+                Ok(Response::new(ContentHashResponse { node_id: *node_id, tables: tables.to_vec() }))
+            }
+            Ok(Some(Verification::Failed(why))) => Err(Status::unavailable(why)),
+            Ok(Some(Verification::UnderWay)) | Err(_) => {
+                Err(Status::deadline_exceeded("the content is still being hashed: ask again, with more time"))
+            }
+            Ok(None) => Err(Status::not_found(format!(
+                "this node has not hashed its content as of index {index}: there is no marker, or the node was \
+                 restarted since"
+            ))),
+        }
     }
 
     async fn status(&self, _request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {

@@ -13,7 +13,9 @@ use tonic::{Code, Response};
 
 use super::{error::sql_status, *};
 use crate::api::{
-    BeginRequest, BeginResponse, NodeStatus, QueryResponse, RequestId, RollbackRequest, RollbackResponse, RunColumns, RunDone, RunEvent, RunResponse,
+    BeginRequest, BeginResponse, ContentHashRequest, ContentHashResponse, NodeStatus, QueryResponse,
+    RequestId, RollbackRequest, RollbackResponse, RunColumns, RunDone, RunEvent, RunResponse, VerifyRequest,
+    VerifyResponse,
     re_sqlite_server::{ReSqlite, ReSqliteServer},
     run_event,
 };
@@ -72,6 +74,17 @@ impl ReSqlite for Node {
 
     async fn rollback(&self, _: Request<RollbackRequest>) -> Result<Response<RollbackResponse>, Status> {
         Err(Status::unimplemented("nothing here is a transaction"))
+    }
+
+    async fn verify(&self, _: Request<VerifyRequest>) -> Result<Response<VerifyResponse>, Status> {
+        Err(Status::unimplemented("there is nothing to compare"))
+    }
+
+    async fn content_hash(
+        &self,
+        _: Request<ContentHashRequest>,
+    ) -> Result<Response<ContentHashResponse>, Status> {
+        Err(Status::unimplemented("there is nothing to compare"))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {

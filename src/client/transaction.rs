@@ -102,11 +102,11 @@ impl Client {
     /// # async fn example(client: resqlite::client::Client) -> Result<(), resqlite::client::Error> {
     /// let moved = client
     ///     .transaction(|transaction| async move {
-    ///         let row = transaction.query_one("select balance from account where id = ?", 1).await?;
+    ///         let row = transaction.query_one("select balance from account where id = ?", (1,)).await?;
     ///         let balance: i64 = row.map_or(Ok(0), |row| row.get(0))?;
     ///         let moved = balance / 2;
-    ///         transaction.execute("update account set balance = balance - ? where id = 1", moved);
-    ///         transaction.execute("update account set balance = balance + ? where id = 2", moved);
+    ///         transaction.execute("update account set balance = balance - ? where id = 1", (moved,));
+    ///         transaction.execute("update account set balance = balance + ? where id = 2", (moved,));
     ///         Ok(moved)
     ///     })
     ///     .await?;

@@ -23,4 +23,5 @@ mod reflection;
 mod snapshots;
 mod survival;
 mod transactions;
+mod verify;
 mod visibility;

@@ -190,7 +190,7 @@ async fn transfer(client: &Client, number: u64, count: u64, from: u64, to: u64) 
         .transaction(|transaction| async move {
             let balance = async |id: u64| -> Result<i64, client::Error> {
                 let row =
-                    transaction.query_one("select balance from account where id = ?", id as i64).await?;
+                    transaction.query_one("select balance from account where id = ?", (id as i64,)).await?;
                 row.map_or(Ok(0), |row| row.get(0))
             };
             let (there, here) = (balance(from).await?, balance(to).await?);

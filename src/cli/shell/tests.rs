@@ -12,8 +12,10 @@ use tonic::{Code, Request, Response, Status};
 use super::*;
 use crate::{
     api::{
-        self, BeginRequest, BeginResponse, ExecuteRequest, ExecuteResponse, NodeStatus, QueryRequest,
-        QueryResponse, RollbackRequest, RollbackResponse, RunColumns, RunDone, RunEvent, RunRequest, RunResponse, SqlError, StatusRequest, StatusResponse,
+        self, BeginRequest, BeginResponse, ContentHashRequest, ContentHashResponse, ExecuteRequest,
+        ExecuteResponse, NodeStatus, QueryRequest, QueryResponse, RollbackRequest, RollbackResponse,
+        RunColumns, RunDone, RunEvent, RunRequest, RunResponse, SqlError, StatusRequest, StatusResponse,
+        VerifyRequest, VerifyResponse,
         re_sqlite_server::{ReSqlite, ReSqliteServer},
         run_event,
         value::Kind,
@@ -55,6 +57,17 @@ impl ReSqlite for Server {
 
     async fn rollback(&self, _: Request<RollbackRequest>) -> Result<Response<RollbackResponse>, Status> {
         Err(Status::unimplemented("nothing here is a transaction"))
+    }
+
+    async fn verify(&self, _: Request<VerifyRequest>) -> Result<Response<VerifyResponse>, Status> {
+        Err(Status::unimplemented("there is nothing to compare"))
+    }
+
+    async fn content_hash(
+        &self,
+        _: Request<ContentHashRequest>,
+    ) -> Result<Response<ContentHashResponse>, Status> {
+        Err(Status::unimplemented("there is nothing to compare"))
     }
 
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
