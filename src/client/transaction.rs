@@ -144,10 +144,7 @@ impl Client {
     async fn begin(&self) -> Result<Transaction, Error> {
         let request = BeginRequest { read: Some(self.read_options()) };
         let mut attempts = self.attempts(false);
-        let call = |mut connection: Connection, _| {
-            let request = request.clone();
-            async move { connection.begin(request).await }
-        };
+        let call = |mut connection: Connection, _| async move { connection.begin(request).await };
         let begun = attempts.call(call).await?.into_inner();
         self.saw(begun.log_index);
         let (node, connection) = attempts.present();
