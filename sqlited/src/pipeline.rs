@@ -307,7 +307,7 @@ impl Worker {
             Err((applier, why)) => {
                 incoming.discard();
                 let _ = done.send(Err(why));
-                applier
+                *applier
             }
             Ok(()) => match become_snapshot(incoming, settings) {
                 Err(error) => {
@@ -407,14 +407,17 @@ impl Worker {
 }
 
 /// Closes the database for a snapshot that is ahead of it; otherwise says why not.
-fn make_way(applier: Applier, incoming: &Incoming) -> Result<(), (Applier, String)> {
+fn make_way(applier: Applier, incoming: &Incoming) -> Result<(), (Box<Applier>, String)> {
     let (own, snapshot) = (applier.position().applied_index, incoming.position().applied_index);
     if own >= snapshot {
         // It came late; becoming it would rewind the log.
-        return Err((applier, format!("the database is at index {own}, the snapshot only at {snapshot}")));
+        return Err((
+            Box::new(applier),
+            format!("the database is at index {own}, the snapshot only at {snapshot}"),
+        ));
     }
     applier.close_alone().map_err(|(applier, error)| {
-        (*applier, format!("the database cannot be closed; end other programs that use it ({error})"))
+        (applier, format!("the database cannot be closed; end other programs that use it ({error})"))
     })
 }
 

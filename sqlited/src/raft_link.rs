@@ -124,7 +124,7 @@ enum SessionEnd {
     DoesNotBelong(String),
     Lost(String),
     /// A snapshot is to replace the database, and then the log is to be followed from there.
-    Received(snapshots::Received),
+    Received(Box<snapshots::Received>),
 }
 
 impl From<Status> for SessionEnd {

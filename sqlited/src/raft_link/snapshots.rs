@@ -106,7 +106,7 @@ pub(super) async fn exchange(
                 }
             }
             Some(received) = receiving.join_next() => match received {
-                Ok(Ok(received)) => return SessionEnd::Received(received),
+                Ok(Ok(received)) => return SessionEnd::Received(Box::new(received)),
                 Ok(Err(reason)) => tracing::warn!(reason, "a snapshot could not be received"),
                 // Given up for another one.
                 Err(_) => {}
