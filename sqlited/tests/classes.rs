@@ -1,5 +1,7 @@
 //! What a statement is, as a reading connection tells it: SQLite's parser says so, never the text.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 mod machine;
 
 use machine::Machine;

@@ -1,5 +1,7 @@
 //! A group of entries in one transaction must mean what the entries mean one by one.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 mod machine;
 
 use machine::{Machine, content, statement, text};
@@ -340,7 +342,8 @@ fn entries_that_do_not_follow_are_refused() {
 
 #[test]
 fn an_entry_that_cannot_be_understood_stops_the_node_after_those_before_it() {
-    let spoil: [(&str, fn(&mut LoggedRequest)); 2] = [
+    type Spoil = fn(&mut LoggedRequest);
+    let spoil: [(&str, Spoil); 2] = [
         ("format 9", |request| request.format = REQUEST_FORMAT + 8),
         ("install the same version", |request| request.execution_version ^= 1),
     ];

@@ -1,5 +1,7 @@
 //! A want of memory stops the node and is no result. In a binary of its own: the limit is the process's.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 mod machine;
 
 use machine::{Machine, content};

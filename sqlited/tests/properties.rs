@@ -3,6 +3,8 @@
 //!
 //! `SQL_SEEDS=from..to` runs other seeds than the default ones. A failing seed names itself.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 mod machine;
 
 use machine::{Machine, content, entry_at, noop_at, request, statement};

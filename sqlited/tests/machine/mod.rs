@@ -1,6 +1,7 @@
 //! A state machine in a scratch directory, fed with entries as raftd would hand them over.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::path::PathBuf;
 
