@@ -42,7 +42,7 @@ pub(super) async fn follow(
     let attach = FollowRequest { request: Some(follow_request::Request::Attach(attach)) };
     let (requests, mut entries) = loop {
         let (requests, outgoing) = mpsc::channel(1);
-        if requests.send(attach.clone()).await.is_err() {
+        if requests.send(attach).await.is_err() {
             return closed_by_raftd();
         }
         match client.follow(ReceiverStream::new(outgoing)).await {
