@@ -1,5 +1,7 @@
 //! What the manual says of determinism is what the program does, and the tests that it names exist.
 
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
 use std::{
     fmt::Write,
     fs,
