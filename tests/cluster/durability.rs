@@ -7,8 +7,10 @@ use crate::harness::{Cluster, Daemon, execute, program};
 /// How many `fdatasync` calls on the log each node's raftd has completed so far.
 fn completed_syncs(cluster: &Cluster) -> Vec<usize> {
     let trace = |node: usize| cluster.path().join(format!("strace{node}"));
-    let is_log_sync = |line: &&str| line.contains("fdatasync(") && line.contains("/db>") && line.ends_with("= 0");
-    let count = |node| fs::read_to_string(trace(node)).unwrap_or_default().lines().filter(is_log_sync).count();
+    let is_log_sync =
+        |line: &&str| line.contains("fdatasync(") && line.contains("/db>") && line.ends_with("= 0");
+    let count =
+        |node| fs::read_to_string(trace(node)).unwrap_or_default().lines().filter(is_log_sync).count();
     (0..cluster.size()).map(count).collect()
 }
 
@@ -31,6 +33,9 @@ async fn every_acknowledgement_follows_an_fdatasync_on_a_majority() {
         execute(&mut cluster.client(n % 3), &format!("insert into t values({n})")).await.unwrap();
         let after = completed_syncs(&cluster);
         let synced = before.iter().zip(&after).filter(|(before, after)| after > before).count();
-        assert!(synced >= 2, "write {n} was acknowledged after syncs on {synced} of 3 logs: {before:?} {after:?}");
+        assert!(
+            synced >= 2,
+            "write {n} was acknowledged after syncs on {synced} of 3 logs: {before:?} {after:?}"
+        );
     }
 }

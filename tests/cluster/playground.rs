@@ -16,7 +16,8 @@ fn free_base_port() -> u16 {
     loop {
         let base = free_ports(1)[0];
         let taken = (0..30).any(|offset| {
-            base.checked_add(offset).is_none_or(|port| std::net::TcpListener::bind(("127.0.0.1", port)).is_err())
+            base.checked_add(offset)
+                .is_none_or(|port| std::net::TcpListener::bind(("127.0.0.1", port)).is_err())
         });
         if !taken {
             return base;
@@ -50,10 +51,8 @@ fn processes_naming(directory: &Path) -> usize {
 
 #[test]
 fn piped_sql_is_run_printed_and_its_status_returned() {
-    let output = with_input(
-        playground(&[]),
-        "create table t(a); insert into t values(1),(2); select sum(a) from t;",
-    );
+    let output =
+        with_input(playground(&[]), "create table t(a); insert into t values(1),(2); select sum(a) from t;");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "3");
 
@@ -69,14 +68,16 @@ fn the_same_directory_starts_again_with_its_data_and_nothing_is_left_behind() {
     let directory = tempfile::tempdir().unwrap();
     let data_dir = directory.path().join("data");
     let data_dir = data_dir.to_str().unwrap();
-    let output = with_input(playground(&["--data-dir", data_dir]), "create table t(a); insert into t values(41);");
+    let output =
+        with_input(playground(&["--data-dir", data_dir]), "create table t(a); insert into t values(41);");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(processes_naming(directory.path()), 0);
     for node in 1..=3 {
         assert!(Path::new(data_dir).join(format!("node{node}/sql/resqlite.db")).exists());
         assert!(Path::new(data_dir).join(format!("node{node}/raft")).is_dir());
     }
-    let output = with_input(playground(&["--data-dir", data_dir]), "update t set a = a + 1; select a from t;");
+    let output =
+        with_input(playground(&["--data-dir", data_dir]), "update t set a = a + 1; select a from t;");
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "42");
     assert_eq!(processes_naming(directory.path()), 0);
 }

@@ -9,7 +9,9 @@ async fn a_python_client_needs_no_proto_file() {
     let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/python/bin/python");
     assert!(python.exists(), "{} is missing: `make test` sets it up", python.display());
     let cluster = Cluster::start(3).await;
-    execute(&mut cluster.client(0), "create table t(id integer primary key, name text, raw blob)").await.unwrap();
+    execute(&mut cluster.client(0), "create table t(id integer primary key, name text, raw blob)")
+        .await
+        .unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cluster/reflection_client.py");
     let address = cluster.sql_address(1).to_owned();
     let run = move || Command::new(python).arg(script).arg(address).output().unwrap();

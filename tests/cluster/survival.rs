@@ -125,7 +125,8 @@ async fn kill_nine_of_any_daemon_loses_nothing_and_repeats_nothing() {
     println!("{} acknowledged writes over {ROUNDS} rounds", acknowledged.len());
     for node in 0..3 {
         let rows = query(&mut cluster.client(node), "select writer, sequence from t").await.unwrap();
-        let found: Vec<(usize, u64)> = rows.iter().map(|row| (integer(row, 0) as usize, integer(row, 1) as u64)).collect();
+        let found: Vec<(usize, u64)> =
+            rows.iter().map(|row| (integer(row, 0) as usize, integer(row, 1) as u64)).collect();
         let distinct: BTreeSet<_> = found.iter().copied().collect();
         assert_eq!(distinct.len(), found.len(), "a write was applied twice at node {}", node + 1);
         let lost: Vec<_> = acknowledged.difference(&distinct).collect();
@@ -160,7 +161,9 @@ async fn all_nodes_killed_at_once_come_back_with_everything() {
                 let rows = query(&mut cluster.client(node), "select count(distinct n) from t").await.unwrap();
                 assert_eq!(only_integer(&rows), 99 + round, "{size} nodes, round {round}, node {}", node + 1);
             }
-            execute(&mut cluster.client(0), &format!("insert into t values({})", 1_000 + round)).await.unwrap();
+            execute(&mut cluster.client(0), &format!("insert into t values({})", 1_000 + round))
+                .await
+                .unwrap();
         }
     }
 }

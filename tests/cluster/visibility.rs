@@ -21,7 +21,8 @@ async fn a_write_at_any_node_is_seen_at_every_node_at_once() {
                     min_index: written.log_index,
                     ..ReadOptions::default()
                 };
-                let rows = query_with(&mut cluster.client(reader), "select count(*) from t", sequential).await;
+                let rows =
+                    query_with(&mut cluster.client(reader), "select count(*) from t", sequential).await;
                 assert_eq!(only_integer(&rows.unwrap()), expected, "sequential at node {}", reader + 1);
             }
         }
