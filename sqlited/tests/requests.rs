@@ -186,7 +186,8 @@ fn values_are_bounded() {
     let too_big = statement("SELECT length(?1)", [Kind::Blob(vec![0; (16 << 20) + 1].into())]);
     assert_eq!(run(&mut machine, vec![too_big]).class(), ReplyClass::Limit);
     // Such operands would keep one step busy for hours.
-    let (class, _) = machine.refusal("SELECT instr(zeroblob(16000000), CAST(zeroblob(8000000) || x'01' AS BLOB))");
+    let (class, _) =
+        machine.refusal("SELECT instr(zeroblob(16000000), CAST(zeroblob(8000000) || x'01' AS BLOB))");
     assert_eq!(class, ReplyClass::Limit);
     let (class, message) = machine.refusal(&format!("SELECT 'a' LIKE '{}'", "%".repeat(1_001)));
     assert_eq!((class, message.as_str()), (ReplyClass::Failed, "LIKE or GLOB pattern too complex"));

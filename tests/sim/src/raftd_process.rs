@@ -328,7 +328,7 @@ impl Cluster {
         let Some(raftd) = &mut self.host(id).raftd else { return };
         raftd.compaction.state_machine_is_durable(durable_index);
         for (peer, status) in raftd.node.status().peers {
-            raftd.compaction.peer_is_at(peer, status.matched_index);
+            raftd.compaction.peer_is_at(peer, status.matched_index, status.recently_active);
         }
         raftd.compaction.expire_holds(instant);
         let base = raftd.reader.base().expect("the window is in memory").index;
