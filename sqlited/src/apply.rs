@@ -38,12 +38,13 @@ const REPLY_BYTES_AT_ONCE: usize = 16 << 20;
 /// The format of the server's own tables.
 const SCHEMA_FORMAT: i64 = 1;
 
-const META_SCHEMA: &str = "CREATE TABLE IF NOT EXISTS _resqlite_meta(
-    id INTEGER PRIMARY KEY CHECK (id = 0),
-    format INTEGER NOT NULL,
-    cluster_id INTEGER NOT NULL,
-    applied_index INTEGER NOT NULL,
-    applied_term INTEGER NOT NULL,
+// In one line, as the other tables of the server: so a dump can be rid of them line by line.
+const META_SCHEMA: &str = "CREATE TABLE IF NOT EXISTS _resqlite_meta(\
+    id INTEGER PRIMARY KEY CHECK (id = 0), \
+    format INTEGER NOT NULL, \
+    cluster_id INTEGER NOT NULL, \
+    applied_index INTEGER NOT NULL, \
+    applied_term INTEGER NOT NULL, \
     applied_timestamp_ms INTEGER NOT NULL)";
 
 /// How entries are gathered into transactions. What an entry means does not depend on it.

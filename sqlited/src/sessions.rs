@@ -123,7 +123,7 @@ pub struct Sessions {
 
 impl Sessions {
     /// Creates the table in a new database.
-    pub const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS _resqlite_sessions(
+    pub const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS _resqlite_sessions(\
         client_id BLOB PRIMARY KEY NOT NULL, state BLOB NOT NULL) WITHOUT ROWID";
 
     /// Reads all sessions from the database.

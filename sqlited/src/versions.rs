@@ -29,7 +29,7 @@ pub struct Versions {
 
 impl Versions {
     /// Creates the table in a new database.
-    pub const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS _resqlite_versions(
+    pub const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS _resqlite_versions(\
         name TEXT PRIMARY KEY NOT NULL, log_index INTEGER NOT NULL) WITHOUT ROWID";
     /// Writes a name and its index.
     pub const PUT: &str = "INSERT INTO _resqlite_versions(name, log_index) VALUES (?1, ?2)

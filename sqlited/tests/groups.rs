@@ -472,3 +472,13 @@ fn a_statement_is_judged_by_the_schema_of_its_moment() {
     }
     assert_eq!(machine.atomic(&["CREATE TABLE x(a)", sql]).class(), ReplyClass::Ok);
 }
+
+#[test]
+fn the_servers_own_tables_take_a_line_each_in_a_dump() {
+    let machine = Machine::new();
+    let connection = rusqlite::Connection::open(machine.path()).unwrap();
+    let many_lines: i64 = connection
+        .query_row("SELECT count(*) FROM sqlite_schema WHERE instr(sql, char(10)) > 0", [], |row| row.get(0))
+        .unwrap();
+    assert_eq!(many_lines, 0);
+}
