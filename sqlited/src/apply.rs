@@ -3,10 +3,12 @@
 //! It knows SQLite and the format of log entries; nothing of gRPC, of tokio or of threads. After any
 //! crash the file itself says which entries it holds: the applied index is part of every transaction.
 
+mod error;
+
 use std::{
     fs::File,
     io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -18,7 +20,7 @@ use resqlite::api::{LogEntry, LogEntryKind, LoggedRequest, ReplyClass, StoredRep
 use rusqlite::{Connection, InterruptHandle, Statement, ffi};
 
 use crate::{
-    classify::{self, Failure},
+    classify::Failure,
     connection::Writer,
     execute::{self, Execution, Remedies, Savepoints, Stop},
     sessions::{Admission, ClientId, Sessions},
@@ -27,6 +29,9 @@ use crate::{
     version,
     versions::Versions,
 };
+
+pub use error::ApplyError;
+use error::environment;
 
 /// The format of [`LoggedRequest`] that this version writes and reads.
 pub const REQUEST_FORMAT: u32 = 1;
@@ -91,109 +96,6 @@ pub struct Applied {
     pub sequence: u64,
     /// What came of it, or of the same request when it was applied first.
     pub reply: Arc<StoredReply>,
-}
-
-/// Why applying stopped. Never a request's result: this node cannot go on, the entry is not applied.
-#[derive(Debug, thiserror::Error)]
-pub enum ApplyError {
-    /// The database cannot be opened.
-    #[error("cannot open the database {path}: {reason}")]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// SQLite's words, or ours.
-        reason: String,
-    },
-    /// The database belongs to another cluster.
-    #[error(
-        "the database belongs to the cluster {stored:016x} and not to {offered:016x}: give this node the data \
-         directory that is its own, or start it with an empty one"
-    )]
-    ForeignCluster {
-        /// The cluster of the database.
-        stored: u64,
-        /// The one that was to be bound.
-        offered: u64,
-    },
-    /// The entries do not follow the applied index.
-    #[error("entry {got} does not follow the applied index: entry {expected} should be next")]
-    Gap {
-        /// The entry that should come next.
-        expected: u64,
-        /// The one that came.
-        got: u64,
-    },
-    /// An entry of a format that this version does not know.
-    #[error(
-        "entry {index} has format {format}, which this version does not know: upgrade this node to the version \
-         of the node that wrote it"
-    )]
-    UnknownFormat {
-        /// The entry.
-        index: u64,
-        /// Its format.
-        format: u32,
-    },
-    /// An entry for another SQLite, or for another kind of processor.
-    #[error(
-        "entry {index} was made for the execution version {entry:016x}, this node's is {own:016x}: \
-         install the same version of sqlited on every node"
-    )]
-    ForeignExecutionVersion {
-        /// The entry.
-        index: u64,
-        /// Its version.
-        entry: u64,
-        /// This binary's version.
-        own: u64,
-    },
-    /// An entry that is not a request.
-    #[error(
-        "entry {index} cannot be read ({reason}): if it is so on this node only, its log is damaged, replace the \
-         node; if on every node, restore a backup"
-    )]
-    CorruptPayload {
-        /// The entry.
-        index: u64,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// This node's disk, memory or file.
-    #[error("entry {index} cannot be applied here: {message} ({}): {}", classify::code_name(*.code), way_past(*.code))]
-    Environment {
-        /// The entry, or the last of the transaction that could not be committed.
-        index: u64,
-        /// SQLite's extended result code.
-        code: i32,
-        /// SQLite's words.
-        message: String,
-    },
-}
-
-impl ApplyError {
-    /// Whether the same attempt may succeed later without a restart: the disk, memory or a lock may be free
-    /// again. After an I/O error nothing that this process holds in memory may be trusted.
-    pub fn is_retryable(&self) -> bool {
-        let Self::Environment { code, .. } = self else { return false };
-        matches!(code & 0xff, ffi::SQLITE_FULL | ffi::SQLITE_NOMEM | ffi::SQLITE_BUSY | ffi::SQLITE_INTERRUPT)
-    }
-}
-
-/// What an operator can do about an environmental error.
-fn way_past(code: i32) -> &'static str {
-    match code & 0xff {
-        ffi::SQLITE_FULL => "free space on the disk; the entry is then applied again",
-        ffi::SQLITE_NOMEM => "free memory or raise the limit of the process, then restart sqlited",
-        ffi::SQLITE_BUSY | ffi::SQLITE_LOCKED => "another process holds the database: end it",
-        ffi::SQLITE_CORRUPT | ffi::SQLITE_NOTADB => {
-            "the database file is damaged: replace this node's data directory"
-        }
-        ffi::SQLITE_IOERR | ffi::SQLITE_CANTOPEN | ffi::SQLITE_READONLY | ffi::SQLITE_PERM => {
-            "check the disk, its mount and the file's permissions, then restart sqlited"
-        }
-        ffi::SQLITE_INTERRUPT => "it was interrupted; it is applied again after a restart",
-        _ => "restart sqlited; if it happens on every node, restore a backup from before this entry",
-    }
 }
 
 /// The applied index of the snapshot that this connection reads.
@@ -726,9 +628,4 @@ fn open_wal(path: &Path) -> io::Result<File> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?;
     Ok(wal)
-}
-
-fn environment(index: u64, error: &rusqlite::Error) -> ApplyError {
-    let code = classify::extended_code(error);
-    ApplyError::Environment { index, code, message: classify::sql_error(error, 0).message }
 }
