@@ -324,7 +324,12 @@ impl Client {
         sql: impl Into<String>,
         params: impl Into<Params>,
     ) -> Result<Option<Row>, Error> {
-        self.query(sql, params).await?.next().await
+        let mut rows = self.query(sql, params).await?;
+        let first = rows.next().await?;
+        // Nearly always this takes the stream's end. Dropping the stream before it resets it, and a server takes many
+        // resets for an attack (CVE-2023-44487) and closes the connection under everybody else's requests.
+        rows.next().await?;
+        Ok(first)
     }
 
     /// Runs any SQL, reads and writes mixed, in order, up to the first error. Each statement stands
