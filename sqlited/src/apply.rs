@@ -4,6 +4,7 @@
 //! crash the file itself says which entries it holds: the applied index is part of every transaction.
 
 mod error;
+mod tables;
 
 use std::{
     fs::File,
@@ -17,7 +18,7 @@ use std::{
 
 use prost::Message;
 use resqlite::api::{LogEntry, LogEntryKind, LoggedRequest, ReplyClass, StoredReply, logged_request::Body};
-use rusqlite::{Connection, InterruptHandle, Statement, ffi};
+use rusqlite::{Connection, InterruptHandle, ffi};
 
 use crate::{
     classify::Failure,
@@ -32,6 +33,8 @@ use crate::{
 
 pub use error::ApplyError;
 use error::environment;
+use tables::{OwnStatements, open_tables};
+pub use tables::{Position, applied_index, stored_position};
 
 /// The format of [`LoggedRequest`] that this version writes and reads.
 pub const REQUEST_FORMAT: u32 = 1;
@@ -39,18 +42,6 @@ pub const REQUEST_FORMAT: u32 = 1;
 /// Once replies are so large together they are handed over before more is executed: entries are small, but what
 /// they return may not be, and a node that starts again meets the same entries again.
 const REPLY_BYTES_AT_ONCE: usize = 16 << 20;
-
-/// The format of the server's own tables.
-const SCHEMA_FORMAT: i64 = 1;
-
-// In one line, as the other tables of the server: so a dump can be rid of them line by line.
-const META_SCHEMA: &str = "CREATE TABLE IF NOT EXISTS _resqlite_meta(\
-    id INTEGER PRIMARY KEY CHECK (id = 0), \
-    format INTEGER NOT NULL, \
-    cluster_id INTEGER NOT NULL, \
-    applied_index INTEGER NOT NULL, \
-    applied_term INTEGER NOT NULL, \
-    applied_timestamp_ms INTEGER NOT NULL)";
 
 /// How entries are gathered into transactions. What an entry means does not depend on it.
 #[derive(Clone, Debug)]
@@ -72,19 +63,6 @@ impl Default for ApplySettings {
     }
 }
 
-/// Where the database stands in the log.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Position {
-    /// 0: it does not belong to a cluster yet.
-    pub cluster_id: u64,
-    /// The last entry whose effects are in the database; 0 before the first.
-    pub applied_index: u64,
-    /// That entry's term.
-    pub applied_term: u64,
-    /// That entry's timestamp.
-    pub applied_timestamp_ms: u64,
-}
-
 /// A request that was applied, and its reply. The transaction is committed.
 #[derive(Clone, Debug)]
 pub struct Applied {
@@ -96,14 +74,6 @@ pub struct Applied {
     pub sequence: u64,
     /// What came of it, or of the same request when it was applied first.
     pub reply: Arc<StoredReply>,
-}
-
-/// The applied index of the snapshot that this connection reads.
-pub fn applied_index(connection: &Connection) -> rusqlite::Result<u64> {
-    // Not from the cache, which is keyed by text: what is in there runs for users.
-    let column =
-        connection.query_row("SELECT applied_index FROM _resqlite_meta", [], |row| row.get::<_, i64>(0));
-    column.map(|index| index as u64)
 }
 
 /// Makes the WAL durable, from any thread, beside a running [`Applier`].
@@ -533,80 +503,6 @@ fn with_session<E>(
         Admission::Refused(failure) => (refused(*failure), false),
     };
     Ok((applied(client, id.sequence, reply), ends_group))
-}
-
-/// Our own statements around the requests of a group.
-struct OwnStatements<'c> {
-    begin: Statement<'c>,
-    commit: Statement<'c>,
-    rollback: Statement<'c>,
-    put_session: Statement<'c>,
-    delete_session: Statement<'c>,
-    put_version: Statement<'c>,
-    delete_version: Statement<'c>,
-    put_position: Statement<'c>,
-}
-
-impl<'c> OwnStatements<'c> {
-    fn prepare(connection: &'c Connection) -> rusqlite::Result<Self> {
-        let prepare = |sql| connection.prepare(sql);
-        Ok(Self {
-            begin: prepare("BEGIN IMMEDIATE")?,
-            commit: prepare("COMMIT")?,
-            rollback: prepare("ROLLBACK")?,
-            put_session: prepare(
-                "INSERT INTO _resqlite_sessions(client_id, state) VALUES (?1, ?2)
-                 ON CONFLICT DO UPDATE SET state = excluded.state",
-            )?,
-            delete_session: prepare("DELETE FROM _resqlite_sessions WHERE client_id = ?1")?,
-            put_version: prepare(Versions::PUT)?,
-            delete_version: prepare(Versions::DELETE)?,
-            put_position: prepare(
-                "UPDATE _resqlite_meta SET cluster_id = ?1, applied_index = ?2, applied_term = ?3,
-                 applied_timestamp_ms = ?4",
-            )?,
-        })
-    }
-
-    fn save_position(&mut self, cluster_id: u64, last: &LogEntry) -> rusqlite::Result<()> {
-        // SQLite's integers have a sign; the bits are the same.
-        let columns = [cluster_id, last.index, last.term, last.timestamp_ms].map(|column| column as i64);
-        self.put_position.execute(columns).map(drop)
-    }
-}
-
-/// Creates the server's tables in a new database, and reads the position.
-fn open_tables(connection: &Connection) -> rusqlite::Result<Result<Position, String>> {
-    let encoding: String = connection.query_row("PRAGMA encoding", [], |row| row.get(0))?;
-    if encoding != "UTF-8" {
-        return Ok(Err(format!("its encoding is {encoding}: only UTF-8 is supported")));
-    }
-    connection.execute_batch(&format!(
-        "BEGIN IMMEDIATE; {META_SCHEMA}; {}; {};
-         INSERT OR IGNORE INTO _resqlite_meta VALUES (0, {SCHEMA_FORMAT}, 0, 0, 0, 0); COMMIT",
-        Sessions::SCHEMA,
-        Versions::SCHEMA
-    ))?;
-    stored_position(connection)
-}
-
-/// Where a database stands in the log; or, in words, why this version cannot tell.
-pub fn stored_position(connection: &Connection) -> rusqlite::Result<Result<Position, String>> {
-    let columns =
-        "SELECT format, cluster_id, applied_index, applied_term, applied_timestamp_ms FROM _resqlite_meta";
-    connection.query_row(columns, [], |row| {
-        let column = |index| row.get::<_, i64>(index).map(|column| column as u64);
-        let format = row.get::<_, i64>(0)?;
-        if format != SCHEMA_FORMAT {
-            return Ok(Err(format!("its format is {format}: this version knows {SCHEMA_FORMAT} only")));
-        }
-        Ok(Ok(Position {
-            cluster_id: column(1)?,
-            applied_index: column(2)?,
-            applied_term: column(3)?,
-            applied_timestamp_ms: column(4)?,
-        }))
-    })
 }
 
 /// `'localtime'` must mean UTC, in summer and in winter.
