@@ -105,6 +105,8 @@ pub struct Sqlited {
     pub step_budget: u64,
     /// How fast a snapshot is sent to a node that was left behind, at most.
     pub snapshot_bytes_per_second: u64,
+    /// How often the nodes compare their contents; 0 is never.
+    pub verify_interval_seconds: u64,
 }
 
 impl Default for Cluster {
@@ -142,6 +144,7 @@ impl Default for Sqlited {
             // A few seconds of work: for as long nothing else is applied, on any node.
             step_budget: 50_000_000,
             snapshot_bytes_per_second: 64 << 20,
+            verify_interval_seconds: 3_600,
         }
     }
 }
@@ -305,6 +308,7 @@ impl Config {
         in_range("readers", self.sqlited.readers as u64, 1, 256)?;
         in_range("max_request_bytes", self.sqlited.max_request_bytes, 1 << 10, 64 << 20)?;
         in_range("max_result_bytes", self.sqlited.max_result_bytes, 1 << 10, 64 << 20)?;
+        in_range("verify_interval_seconds", self.sqlited.verify_interval_seconds, 0, 366 * 86_400)?;
         in_range("snapshot_bytes_per_second", self.sqlited.snapshot_bytes_per_second, 1 << 20, 1 << 40)?;
         in_range("step_budget", self.sqlited.step_budget, 10_000, 1 << 40)
     }

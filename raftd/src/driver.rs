@@ -72,6 +72,8 @@ pub enum Input {
     Status(oneshot::Sender<raft::Status>),
     /// The state machine has durably applied the log up to here.
     StateMachineDurable(Index),
+    /// Whether the state machine says of itself that it cannot be trusted.
+    MustNotLead(bool),
     /// The state machine has become a snapshot whose last entry is this one.
     Install(Position, oneshot::Sender<SnapshotOutcome>),
     /// A peer has a snapshot up to this index, or it could not be brought there.
@@ -330,6 +332,7 @@ impl Driver {
                 self.compaction.state_machine_is_durable(index);
                 self.compact()?;
             }
+            Input::MustNotLead(must_not) => self.node.set_must_not_lead(must_not),
             Input::Install(position, reply) => drop(reply.send(self.node.install_snapshot(position)?)),
             Input::SnapshotFinished(peer, result) => self.snapshot_finished(peer, result),
             Input::Transfer(to, reply) => drop(reply.send(self.node.transfer_leadership(to))),

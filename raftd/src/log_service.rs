@@ -129,6 +129,9 @@ impl LogService for LocalLogService {
         };
         self.parts.check_attach(&attach).await?;
         let attachment = attach.exclusive.then(|| Attachment::take(&self.parts)).transpose()?;
+        if attach.exclusive {
+            self.parts.driver.send(Input::MustNotLead(attach.must_not_lead)).await;
+        }
         let (sender, responses) = mpsc::channel(FOLLOW_MESSAGES);
         let parts = self.parts.clone();
         tokio::spawn(async move {
@@ -351,6 +354,7 @@ impl LocalLogParts {
                 && exclusive
             {
                 self.driver.send(Input::StateMachineDurable(progress.durable_index)).await;
+                self.driver.send(Input::MustNotLead(progress.must_not_lead)).await;
             }
         }
     }

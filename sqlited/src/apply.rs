@@ -53,7 +53,7 @@ pub struct ApplySettings {
     /// How many pages the WAL may have before a commit writes it back to the database. Done by SQLite in the
     /// committing thread: a checkpoint beside a busy writer never catches up, and the WAL would grow for ever.
     pub checkpoint_pages: u32,
-    /// Who hashes the content at the markers that ask for it.
+    /// Who hashes the content at the markers that ask for it, and compares what the nodes report.
     pub verifications: Option<Verifications>,
 }
 
@@ -399,12 +399,25 @@ impl Applier {
         self.position.applied_term = last.term;
         self.position.applied_timestamp_ms = last.timestamp_ms;
         self.durability.applied_index.store(last.index, Ordering::Release);
-        if let Some(verifications) = &self.settings.verifications
-            && is_marker(&items[done - 1].work)
-        {
-            verifications.marker(last.index);
-        }
+        self.pass_on(&items[..done]);
         Ok(Group::Committed { done, reply_bytes })
+    }
+
+    /// What was committed that asks this node to hash its content, or tells it what another one's came to.
+    fn pass_on(&self, items: &[Item<'_>]) {
+        let Some(verifications) = &self.settings.verifications else { return };
+        for Item { entry, work } in items {
+            match work {
+                // The last of its group, so the content is that as of its index.
+                work if is_marker(work) => verifications.marker(entry.index),
+                Work::Request(request) => {
+                    if let Some(Body::Report(report)) = &request.body {
+                        verifications.report(report);
+                    }
+                }
+                Work::Nothing => {}
+            }
+        }
     }
 
     /// Back to the last committed state, in the database and in memory. It may fail itself, and is then due again.
@@ -428,7 +441,11 @@ impl Applier {
 
 /// Whether every node hashes its content right after this.
 fn is_marker(work: &Work) -> bool {
-    matches!(work, Work::Request(request) if matches!(request.body, Some(Body::Verify(_))))
+    matches!(work, Work::Request(request) if is_marker_body(request))
+}
+
+fn is_marker_body(request: &LoggedRequest) -> bool {
+    matches!(request.body, Some(Body::Verify(_)))
 }
 
 /// What is kept in memory beside the database, and changes with it.
@@ -450,8 +467,8 @@ fn run_request<'c>(
         if let Some(conflict) = request.reads.as_ref().and_then(|reads| versions.conflict(reads)) {
             return Ok((execute::reply(entry.index, Vec::new(), Some(conflict)), false));
         }
-        if let Some(Body::Verify(_)) = request.body {
-            return Ok((execute::reply(entry.index, Vec::new(), None), true));
+        if let Some(Body::Verify(_) | Body::Report(_)) = request.body {
+            return Ok((execute::reply(entry.index, Vec::new(), None), is_marker_body(request)));
         }
         let executed =
             Execution::run(writer, savepoints, request, entry.index, entry.timestamp_ms, remedies)?;

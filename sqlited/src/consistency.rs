@@ -45,11 +45,20 @@ impl ReadGate {
                 options.consistency
             ))
         })?;
+        self.check_trust()?;
         match asked {
             Consistency::Linearizable => self.see_all_acknowledged(deadline, self.patience()).await,
             Consistency::Sequential => self.see_index(options.min_index, deadline).await,
             Consistency::Stale => self.be_fresh(options.max_staleness_ms, deadline).await,
-        }
+        }?;
+        self.check_trust()
+    }
+
+    /// Whether this node's content may be shown to anybody, at any consistency.
+    pub fn check_trust(&self) -> Result<(), Status> {
+        self.facts.diverged().map_or(Ok(()), |why| {
+            Err(Status::unavailable(format!("this node serves no reads: {why}; ask another node meanwhile")))
+        })
     }
 
     /// Waits until this index is applied.
@@ -60,7 +69,7 @@ impl ReadGate {
         tokio::select! {
             biased;
             () = self.facts.applied(index) => Ok(()),
-            why = self.facts.unhealthy() => Err(Status::unavailable(format!("this node cannot execute: {why}"))),
+            why = self.facts.stuck() => Err(Status::unavailable(format!("this node cannot execute: {why}"))),
             () = self.shutdown.wait() => Err(Status::unavailable("this node is shutting down")),
             () = sleep_until(deadline) => Err(Status::deadline_exceeded(format!(
                 "this node has applied the log up to index {}, the read asks for {index}",

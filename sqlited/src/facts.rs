@@ -1,5 +1,6 @@
 //! What is known of this node's own state: how far it has applied, whether it
-//! can, and how fresh its data is known to be. Everybody may look, few change it.
+//! can, whether it may be trusted, and how fresh its data is known to be.
+//! Everybody may look, few change it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,8 +10,26 @@ use tokio::{sync::watch, time::Instant};
 #[derive(Clone, Debug)]
 pub struct Facts {
     applied: watch::Sender<u64>,
-    unhealthy: watch::Sender<Option<String>>,
+    health: watch::Sender<Health>,
     fresh_as_of: Arc<Mutex<Option<Instant>>>,
+}
+
+/// What is wrong, each with what to do about it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Health {
+    /// Nothing can be applied.
+    pub stuck: Option<String>,
+    /// The content is not its peers'. Only another content changes that.
+    pub diverged: Option<String>,
+    /// Something that a person must look at, while the node serves on.
+    pub alarm: Option<String>,
+}
+
+impl Health {
+    /// Why requests cannot be executed here, or None.
+    pub fn unhealthy(&self) -> Option<&String> {
+        self.diverged.as_ref().or(self.stuck.as_ref())
+    }
 }
 
 impl Facts {
@@ -18,7 +37,7 @@ impl Facts {
     pub fn new(applied_index: u64) -> Self {
         Self {
             applied: watch::Sender::new(applied_index),
-            unhealthy: watch::Sender::new(None),
+            health: watch::Sender::default(),
             fresh_as_of: Arc::default(),
         }
     }
@@ -39,31 +58,65 @@ impl Facts {
         let _ = self.applied.subscribe().wait_for(|applied| *applied >= index).await;
     }
 
-    /// What is wrong, or None.
+    /// Why requests cannot be executed here, or None.
     pub fn health(&self) -> Option<String> {
-        self.unhealthy.borrow().clone()
+        self.health.borrow().unhealthy().cloned()
     }
 
-    /// News of it.
-    pub fn watch_health(&self) -> watch::Receiver<Option<String>> {
-        self.unhealthy.subscribe()
+    /// Why the content cannot be trusted, or None.
+    pub fn diverged(&self) -> Option<String> {
+        self.health.borrow().diverged.clone()
     }
 
-    /// Says what is wrong and what to do, or that nothing is any more.
-    pub fn publish_health(&self, unhealthy: Option<String>) {
-        self.unhealthy.send_if_modified(|now| {
-            let changed = *now != unhealthy;
-            *now = unhealthy;
+    /// What a person must look at while the node serves on, or None.
+    pub fn alarm(&self) -> Option<String> {
+        self.health.borrow().alarm.clone()
+    }
+
+    /// News of all that.
+    pub fn watch_health(&self) -> watch::Receiver<Health> {
+        self.health.subscribe()
+    }
+
+    /// Says why nothing can be applied and what to do, or that it can be again.
+    pub fn publish_stuck(&self, stuck: Option<String>) {
+        self.change(|health| &mut health.stuck, stuck);
+    }
+
+    /// Says why the content cannot be trusted and what to do, or that it is another content now.
+    pub fn publish_diverged(&self, diverged: Option<String>) {
+        self.change(|health| &mut health.diverged, diverged);
+    }
+
+    /// Says what a person must look at, or that there is nothing any more.
+    pub fn publish_alarm(&self, alarm: Option<String>) {
+        self.change(|health| &mut health.alarm, alarm);
+    }
+
+    fn change(&self, part: fn(&mut Health) -> &mut Option<String>, to: Option<String>) {
+        self.health.send_if_modified(|health| {
+            let part = part(health);
+            let changed = *part != to;
+            *part = to;
             changed
         });
     }
 
-    /// Returns what is wrong, once something is.
+    /// Returns why requests cannot be executed here, once they cannot.
     pub async fn unhealthy(&self) -> String {
-        let mut health = self.unhealthy.subscribe();
+        self.once(|health| health.unhealthy()).await
+    }
+
+    /// Returns why nothing can be applied, once nothing can.
+    pub async fn stuck(&self) -> String {
+        self.once(|health| health.stuck.as_ref()).await
+    }
+
+    async fn once(&self, part: fn(&Health) -> Option<&String>) -> String {
+        let mut health = self.health.subscribe();
         // We hold a sender, so waiting cannot fail for want of one.
-        let unhealthy = health.wait_for(Option::is_some).await;
-        unhealthy.ok().and_then(|unhealthy| unhealthy.clone()).unwrap_or_default()
+        let found = health.wait_for(|health| part(health).is_some()).await;
+        found.ok().and_then(|health| part(&health).cloned()).unwrap_or_default()
     }
 
     /// Notes that a read now sees every write that was acknowledged before `moment`.

@@ -82,7 +82,7 @@ use crate::{
     status::StatusSource,
     syntax::SyntaxCheck,
     transactions::Transactions,
-    verify::Verifications,
+    verify::{Mark, Upkeep, Verifications},
     waiters::Waiters,
     write_path::{WritePath, WriteSettings},
 };
@@ -157,9 +157,14 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
     {
         tracing::info!("a snapshot that was received before has taken the database's place");
     }
-    let verifications = Verifications::new(database.clone());
+    let member_ids = config.cluster.members.iter().map(|member| member.id);
+    let verifications = Verifications::new(database.clone(), config.node_id, member_ids);
+    let diverged = Mark::load(&database).map_err(|error| {
+        RunError::Start(format!("cannot tell whether the content was found wrong: {error}"))
+    })?;
     let applier = open(&database, &config, verifications.clone())?;
     let facts = Facts::new(applier.position().applied_index);
+    facts.publish_diverged(diverged);
     let readers =
         Readers::start(&database, config.sqlited.readers, Patience::default(), &runtime::Handle::current());
     let readers =
@@ -179,8 +184,9 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
         write_settings(&config),
         abort.clone(),
     );
+    let writes = Arc::new(writes.map_err(|error| RunError::Start(format!("no entropy: {error}")))?);
     let runner = Runner {
-        writes: Arc::new(writes.map_err(|error| RunError::Start(format!("no entropy: {error}")))?),
+        writes: Arc::clone(&writes),
         readers: Arc::clone(&readers),
         gate: ReadGate::new(link.clone(), facts.clone(), election_timeout, abort.clone()),
     };
@@ -193,16 +199,28 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
     let service = Service::new(ServiceParts {
         runner,
         transactions: Arc::clone(&transactions),
-        verifications,
+        verifications: verifications.clone(),
         node_id: config.node_id,
         syntax: SyntaxCheck::new().map_err(|error| RunError::Start(error.to_string()))?,
         status: StatusSource::new(&config, database.clone(), link.clone(), facts.clone()),
         max_result_bytes: config.sqlited.max_result_bytes as usize,
     });
+    let users = snapshot::Users::new(Arc::clone(&readers));
+    let upkeep = Upkeep {
+        interval: Duration::from_secs(config.sqlited.verify_interval_seconds),
+        database: database.clone(),
+        node_id: config.node_id,
+        verifications,
+        facts: facts.clone(),
+        readers: Arc::clone(&readers),
+        users: users.clone(),
+        link: link.clone(),
+        writes,
+    };
     let exchange = SnapshotExchange::new(
         database.clone(),
         config.cluster_id(),
-        snapshot::Users::new(readers.clone()),
+        users,
         config.sqlited.snapshot_bytes_per_second,
     );
     let (reporter, health) = tonic_health::server::health_reporter();
@@ -217,9 +235,10 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
     let result = tokio::select! {
         served = serve(&config, listener, service, health, shutdown.clone()) => served,
         () = limit_the_stop(&shutdown, &abort, &readers) => Ok(()),
-        error = keeper.run(config.cluster_id(), pipeline.handle(), pipeline.progress(), exchange) => Err(error.into()),
+        error = keeper.run(config.cluster_id(), pipeline.handle(), pipeline.progress(), exchange, facts.clone()) => Err(error.into()),
         error = pipeline.deliver(&waiters, &facts) => Err(error.into()),
         never = transactions.expire() => match never {},
+        never = upkeep.run() => match never {},
         never = status::keep_health(reporter, link, facts.clone()) => match never {},
         never = daemon::feed_watchdog() => match never {},
     };

@@ -118,7 +118,14 @@ impl Handle {
 /// What the threads tell the runtime.
 #[derive(Debug)]
 enum Event {
-    Applied { applied: Vec<Applied>, index: u64 },
+    Applied {
+        applied: Vec<Applied>,
+        index: u64,
+    },
+    /// The database is another one now.
+    Replaced {
+        index: u64,
+    },
     Unhealthy(String),
     Failed(PipelineError),
 }
@@ -206,9 +213,15 @@ impl Pipeline {
                     }
                     // After the replies: who sees the index and finds no reply knows that none will come.
                     facts.publish_applied(index);
-                    facts.publish_health(None);
+                    facts.publish_stuck(None);
                 }
-                Event::Unhealthy(why) => facts.publish_health(Some(why)),
+                Event::Replaced { index } => {
+                    facts.publish_applied(index);
+                    facts.publish_stuck(None);
+                    // Whatever was wrong with the content went with it.
+                    facts.publish_diverged(None);
+                }
+                Event::Unhealthy(why) => facts.publish_stuck(Some(why)),
                 Event::Failed(error) => return error,
             }
         }
@@ -316,11 +329,14 @@ impl Worker {
                 }
                 Ok(applier) => {
                     let index = applier.position().applied_index;
+                    if let Some(verifications) = applier.settings().verifications {
+                        verifications.forget();
+                    }
                     *interrupt.lock().unwrap_or_else(PoisonError::into_inner) = applier.interrupt_handle();
                     // Only its own database's write-ahead log may be synced from here on.
                     let _ = applied.send(ToSync::Replaced(applier.durability(), index));
                     // Whoever waits for a request that came in the snapshot asks again, and finds its reply.
-                    drop(events.blocking_send(Event::Applied { applied: Vec::new(), index }));
+                    drop(events.blocking_send(Event::Replaced { index }));
                     let _ = done.send(Ok(()));
                     applier
                 }

@@ -25,7 +25,7 @@ use tonic::{
 pub use propose::Outcome;
 pub use snapshots::SnapshotExchange;
 
-use crate::{limits, pipeline};
+use crate::{facts::Facts, limits, pipeline};
 
 /// The first pause before connecting again; doubled up to [`MAX_BACKOFF`].
 const MIN_BACKOFF: Duration = Duration::from_millis(20);
@@ -150,19 +150,21 @@ pub struct LinkKeeper {
 
 impl LinkKeeper {
     /// Connects, and connects again, for ever. `cluster_id` is what the
-    /// configuration says; `pipeline` takes the followed entries.
+    /// configuration says; `pipeline` takes the followed entries; a node whose `facts` say that it
+    /// has diverged leaves leading, and the sending of snapshots, to others.
     pub async fn run(
         self,
         cluster_id: u64,
         pipeline: pipeline::Handle,
         progress: watch::Receiver<pipeline::Progress>,
         exchange: SnapshotExchange,
+        facts: Facts,
     ) -> DoesNotBelong {
         let mut backoff = MIN_BACKOFF;
         let mut last_reason = String::new();
         loop {
             let began = Instant::now();
-            let end = self.session(cluster_id, &pipeline, progress.clone(), &exchange).await;
+            let end = self.session(cluster_id, &pipeline, progress.clone(), &exchange, &facts).await;
             let was_connected = self.link.state.send_replace(LinkState::default()).connected;
             *self.link.channel.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
             match end {
@@ -191,6 +193,7 @@ impl LinkKeeper {
         pipeline: &pipeline::Handle,
         progress: watch::Receiver<pipeline::Progress>,
         exchange: &SnapshotExchange,
+        facts: &Facts,
     ) -> SessionEnd {
         let endpoint = match Endpoint::from_shared(self.endpoint.clone()) {
             Ok(endpoint) => endpoint.connect_timeout(CONNECT_TIMEOUT),
@@ -207,10 +210,10 @@ impl LinkKeeper {
         let mut barriers = self.barriers.lock().await;
         // Dropping them together is what makes every unanswered proposal's outcome unknown.
         tokio::select! {
-            end = follow::follow(client.clone(), cluster_id, pipeline, progress, &self.link.state) => end,
+            end = follow::follow(client.clone(), cluster_id, pipeline, progress, facts, &self.link.state) => end,
             end = propose::forward(client.clone(), &mut proposals) => end,
             end = barrier::forward(client.clone(), &mut barriers) => end,
-            end = snapshots::exchange(client, exchange) => end,
+            end = snapshots::exchange(client, exchange, facts) => end,
         }
     }
 }

@@ -43,6 +43,7 @@ fn differences(running: &Config, new: &Config) -> Vec<&'static str> {
             "sqlited.snapshot_bytes_per_second",
             old.snapshot_bytes_per_second != fresh.snapshot_bytes_per_second,
         ),
+        ("sqlited.verify_interval_seconds", old.verify_interval_seconds != fresh.verify_interval_seconds),
     ];
     changed.into_iter().filter_map(|(key, changed)| changed.then_some(key)).collect()
 }

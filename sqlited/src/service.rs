@@ -102,6 +102,7 @@ impl ReSqlite for Service {
             gate.pass(&read.unwrap_or_default(), deadline.of_step()).await?;
             readers.read(statement, 1, deadline.named())?
         } else {
+            gate.check_trust()?;
             let (held, turn) = self.parts.transactions.read(&transaction, deadline.of_step()).await?;
             readers.read_held(held, turn, statement, deadline.named())?
         };

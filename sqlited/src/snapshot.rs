@@ -26,12 +26,13 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 pub use copy::{CopyError, DatabaseCopy, copy};
 pub use incoming::{Announced, Incoming, ReceiveError, receive};
 pub use install::finish;
+pub(crate) use install::sync_directory_of;
 pub use part::{PART_BYTES, PartError, PartReader, PartTaker};
 
 use crate::reads::{Closed, Readers};
 
 /// A file beside the database.
-fn beside(database: &Path, suffix: &str) -> PathBuf {
+pub(crate) fn beside(database: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(database);
     name.push(suffix);
     name.into()

@@ -76,6 +76,7 @@ impl StatusSource {
             raftd_version: raftd.version,
             sqlite_version: rusqlite::version().to_owned(),
             unhealthy: self.facts.health().unwrap_or_default(),
+            alarm: self.facts.alarm().unwrap_or_default(),
         };
         StatusResponse { node: Some(node), members: self.members.clone() }
     }
@@ -116,12 +117,14 @@ pub async fn keep_health(reporter: HealthReporter, link: RaftLink, facts: Facts)
     let mut told = None;
     loop {
         let now = state.borrow_and_update().clone();
-        let unhealthy = health.borrow_and_update().clone();
+        let health_now = health.borrow_and_update().clone();
+        let unhealthy = health_now.unhealthy().cloned();
         lag.observe(Instant::now(), now.commit_index, facts.applied_index());
         let verdict = verdict(&now, unhealthy, lag.is_behind());
-        if told.as_ref() != Some(&verdict) {
-            tell(&reporter, &verdict).await;
-            told = Some(verdict);
+        let news = (verdict, health_now.alarm);
+        if told.as_ref() != Some(&news) {
+            tell(&reporter, &news.0, news.1.as_deref()).await;
+            told = Some(news);
         }
         tokio::select! {
             _ = seconds.tick() => {}
@@ -148,11 +151,12 @@ fn verdict(state: &LinkState, unhealthy: Option<String>, behind: bool) -> Result
     Ok(state.leader_id)
 }
 
-async fn tell(reporter: &HealthReporter, verdict: &Result<u64, String>) {
+async fn tell(reporter: &HealthReporter, verdict: &Result<u64, String>, alarm: Option<&str>) {
     let status = match verdict {
         Ok(leader) => {
             tracing::info!(leader, "serving");
-            daemon::notify_status(&format!("serving; the leader is node {leader}"));
+            let alarm = alarm.map(|alarm| format!("; ALARM: {alarm}")).unwrap_or_default();
+            daemon::notify_status(&format!("serving; the leader is node {leader}{alarm}"));
             ServingStatus::Serving
         }
         Err(why) => {

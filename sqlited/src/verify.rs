@@ -1,33 +1,45 @@
 //! Whether the nodes hold the same: each hashes its whole content as of a marker in the log.
 //!
+//! ```text
+//! marker in the log ─▶ every node hashes a view ─▶ report in the log ─▶ every node compares (verdict)
+//!        ▲                                                                        │
+//!   schedule, `resqlite verify`                       the node that differs from most members: diverged
+//! ```
+//!
 //! The thread that applies opens a view right after it has committed the marker, and goes on; another thread
-//! hashes that view. So no write waits, and every node's hash is about the same moment of the log. It knows
-//! SQLite; who compares the hashes is not its business.
+//! hashes that view. So no write waits, and every node's hash is about the same moment of the log. What is known of
+//! the last markers is kept in memory only: a restart forgets it, and the next marker makes up for that.
+
+mod content;
+mod mark;
+mod upkeep;
+mod verdict;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::Arc,
     thread,
-    time::Instant,
 };
 
-use blake3::Hasher;
-use resqlite::api::TableHash;
-use rusqlite::{Connection, types::ValueRef};
-use tokio::sync::watch;
+use blake3::Hash;
+use resqlite::api::{ContentReport, TableHash};
+use tokio::{sync::watch, time::Instant};
 
-use crate::{
-    connection::{self, Reader},
-    limits::SNAPSHOT_MAX,
+pub use self::{
+    content::{Interrupted, content_hashes},
+    mark::{FILE_SUFFIX, Mark},
+    upkeep::Upkeep,
+    verdict::{Verdict, verdict},
 };
+use crate::connection::{self, Reader};
 
-/// So many results are remembered, those under way included.
+/// So many markers are remembered, those under way included.
 const KEPT: usize = 8;
 /// So many views may be hashed at the same time.
 const AT_ONCE: usize = 2;
 
-/// What became of one marker.
+/// What became of one marker at this node.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verification {
     /// Being hashed.
@@ -38,25 +50,41 @@ pub enum Verification {
     Failed(String),
 }
 
-/// The results of the last markers. Clones share them.
+/// What all nodes came to as of one marker, by their ids.
+pub type Reports = BTreeMap<u64, Hash>;
+
+/// What is known of the last markers. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Verifications {
     database: PathBuf,
-    results: watch::Sender<BTreeMap<u64, Verification>>,
+    node_id: u64,
+    members: Arc<BTreeSet<u64>>,
+    known: watch::Sender<Known>,
+}
+
+#[derive(Debug)]
+struct Known {
+    own: BTreeMap<u64, Verification>,
+    reports: BTreeMap<u64, Reports>,
+    /// When the last marker was applied, or else when this began.
+    last_marker: Instant,
 }
 
 impl Verifications {
-    /// Of this database.
-    pub fn new(database: PathBuf) -> Self {
-        Self { database, results: watch::Sender::default() }
+    /// Of this database, at this node, one of these members.
+    pub fn new(database: PathBuf, node_id: u64, members: impl IntoIterator<Item = u64>) -> Self {
+        let known = Known { own: BTreeMap::new(), reports: BTreeMap::new(), last_marker: Instant::now() };
+        let members = Arc::new(members.into_iter().collect());
+        Self { database, node_id, members, known: watch::Sender::new(known) }
     }
 
     /// Hashes what is committed now, which is everything up to the entry at `index` and nothing after it.
     pub fn marker(&self, index: u64) {
-        let under_way = |results: &BTreeMap<u64, Verification>| {
-            results.values().filter(|result| **result == Verification::UnderWay).count()
-        };
-        if under_way(&self.results.borrow()) >= AT_ONCE {
+        let under_way =
+            |known: &Known| known.own.values().filter(|result| **result == Verification::UnderWay).count();
+        let busy = under_way(&self.known.borrow()) >= AT_ONCE;
+        self.known.send_modify(|known| known.last_marker = Instant::now());
+        if busy {
             let why = format!("{AT_ONCE} verifications are under way at this node: wait for them");
             return self.publish(index, Verification::Failed(why));
         }
@@ -66,8 +94,9 @@ impl Verifications {
             let work = move || {
                 let hashed = content_hashes(view.connection());
                 let failed = |error: Interrupted| Verification::Failed(error.to_string());
-                results
-                    .publish(index, hashed.map_or_else(failed, |hashes| Verification::Done(hashes.into())));
+                let result = hashed.map_or_else(failed, |hashes| Verification::Done(hashes.into()));
+                // Before the view goes, so before another database can take this one's place.
+                results.publish(index, result);
             };
             thread.spawn(work).map(drop).map_err(|error| error.to_string())
         });
@@ -76,19 +105,47 @@ impl Verifications {
         }
     }
 
+    /// Takes in what a node says in the log that its content came to. What cannot be one is left out.
+    pub fn report(&self, report: &ContentReport) {
+        let Ok(hash) = Hash::from_slice(&report.hash) else { return };
+        if self.members.contains(&report.node_id) {
+            self.add_report(report.marker_index, report.node_id, hash);
+        }
+    }
+
+    /// Forgets everything: another database has taken the place of the one that was hashed.
+    pub fn forget(&self) {
+        self.known.send_modify(|known| {
+            known.own.clear();
+            known.reports.clear();
+        });
+    }
+
     /// The result of this marker, once it is known; None if nothing is known of the marker.
     pub async fn result(&self, index: u64) -> Option<Verification> {
-        let mut results = self.results.subscribe();
-        let known = results.wait_for(|results| results.get(&index) != Some(&Verification::UnderWay)).await;
+        let mut known = self.known.subscribe();
+        let found = known.wait_for(|known| known.own.get(&index) != Some(&Verification::UnderWay)).await;
         // We hold a sender, so waiting cannot fail for want of one.
-        known.ok()?.get(&index).cloned()
+        found.ok()?.own.get(&index).cloned()
     }
 
     fn publish(&self, index: u64, result: Verification) {
-        self.results.send_modify(|results| {
-            results.insert(index, result);
-            while results.len() > KEPT {
-                results.pop_first();
+        if let Verification::Done(tables) = &result {
+            self.add_report(index, self.node_id, content::sum(tables));
+        }
+        self.known.send_modify(|known| {
+            known.own.insert(index, result);
+            while known.own.len() > KEPT {
+                known.own.pop_first();
+            }
+        });
+    }
+
+    fn add_report(&self, index: u64, node: u64, hash: Hash) {
+        self.known.send_modify(|known| {
+            known.reports.entry(index).or_default().insert(node, hash);
+            while known.reports.len() > KEPT {
+                known.reports.pop_first();
             }
         });
     }
@@ -101,138 +158,4 @@ fn open_view(database: &Path) -> rusqlite::Result<Reader> {
     // A transaction's view is that of its first read.
     reader.connection().execute_batch("BEGIN; SELECT count(*) FROM sqlite_schema")?;
     Ok(reader)
-}
-
-/// Why there is no hash.
-#[derive(Debug, thiserror::Error)]
-pub enum Interrupted {
-    /// SQLite's reason.
-    #[error("the database cannot be read: {0}")]
-    Sqlite(#[from] rusqlite::Error),
-    /// The view kept the write-ahead log from being written back for too long.
-    #[error("hashing took longer than {} s, the longest that a view may be held", SNAPSHOT_MAX.as_secs())]
-    TooLong,
-}
-
-/// A hash for the schema, under an empty name, and one for each table that is stored, by name. All rows with
-/// their rowids; the server's own tables too, but for the one that tells where this node stands.
-pub fn content_hashes(connection: &Connection) -> Result<Vec<TableHash>, Interrupted> {
-    let began = Instant::now();
-    let schema = "SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY type, name, tbl_name";
-    let mut schema = hash_rows(connection, schema, began)?;
-    for pragma in ["SELECT user_version FROM pragma_user_version", "SELECT * FROM pragma_application_id"] {
-        schema.update(hash_rows(connection, pragma, began)?.finalize().as_bytes());
-    }
-    let mut hashes = vec![table_hash("", &schema)];
-    let mut tables = connection.prepare(
-        "SELECT s.name, l.wr FROM sqlite_schema s JOIN pragma_table_list l ON l.name = s.name AND l.schema = 'main'
-         WHERE s.type = 'table' AND s.rootpage > 0 AND s.name <> '_resqlite_meta' ORDER BY s.name",
-    )?;
-    let tables: Vec<(String, bool)> =
-        tables.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect::<rusqlite::Result<_>>()?;
-    for (name, without_rowid) in tables {
-        let sql = select_all(connection, &name, without_rowid)?;
-        hashes.push(table_hash(&name, &hash_rows(connection, &sql, began)?));
-    }
-    Ok(hashes)
-}
-
-fn table_hash(name: &str, hasher: &Hasher) -> TableHash {
-    TableHash { name: name.to_owned(), hash: hasher.finalize().as_bytes().to_vec().into() }
-}
-
-/// Every stored value of a table, in the order of the table itself and not of an index.
-fn select_all(connection: &Connection, table: &str, without_rowid: bool) -> rusqlite::Result<String> {
-    // 1: hidden; 2: generated when it is read, from the others.
-    let mut columns =
-        connection.prepare("SELECT name FROM pragma_table_xinfo(?1) WHERE hidden NOT IN (1, 2)")?;
-    let columns: Vec<String> =
-        columns.query_map([table], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
-    // A column may be called rowid, and then is not the rowid.
-    let is_free = |name: &&str| !columns.iter().any(|column| column.eq_ignore_ascii_case(name));
-    let rowid = ["rowid", "_rowid_", "oid"].into_iter().find(is_free).filter(|_| !without_rowid);
-    let quoted = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
-    let selected: Vec<String> =
-        rowid.map(str::to_owned).into_iter().chain(columns.iter().map(|column| quoted(column))).collect();
-    Ok(format!("SELECT {} FROM {} NOT INDEXED", selected.join(", "), quoted(table)))
-}
-
-/// Hashes the rows of a query: each value with its type and length, so that no two contents look alike.
-fn hash_rows(connection: &Connection, sql: &str, began: Instant) -> Result<Hasher, Interrupted> {
-    let mut hasher = Hasher::new();
-    let mut statement = connection.prepare(sql)?;
-    let columns = statement.column_count();
-    let mut rows = statement.query([])?;
-    let mut count = 0u64;
-    while let Some(row) = rows.next()? {
-        for column in 0..columns {
-            match row.get_ref(column)? {
-                ValueRef::Null => add_bytes(&mut hasher, b"n", &[]),
-                ValueRef::Integer(integer) => add_bytes(&mut hasher, b"i", &integer.to_le_bytes()),
-                // The bits, so that -0.0 is not 0.0.
-                ValueRef::Real(real) => add_bytes(&mut hasher, b"r", &real.to_bits().to_le_bytes()),
-                ValueRef::Text(text) => add_bytes(&mut hasher, b"t", text),
-                ValueRef::Blob(blob) => add_bytes(&mut hasher, b"b", blob),
-            }
-        }
-        count += 1;
-        if count.is_multiple_of(1_024) && began.elapsed() > SNAPSHOT_MAX {
-            return Err(Interrupted::TooLong);
-        }
-    }
-    hasher.update(&count.to_le_bytes());
-    Ok(hasher)
-}
-
-fn add_bytes(hasher: &mut Hasher, kind: &[u8], bytes: &[u8]) {
-    hasher.update(kind).update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const SCHEMA: &str = "CREATE TABLE t(a INTEGER PRIMARY KEY, b, c AS (b || 'x')); CREATE INDEX tb ON t(b);
-        CREATE TABLE u(rowid, _rowid_); CREATE TABLE w(a PRIMARY KEY, b) WITHOUT ROWID;
-        CREATE TABLE e(a); INSERT INTO t(a, b) VALUES (1, 'one'), (2, x'00'), (3, NULL), (4, 0.5);
-        INSERT INTO u(oid, rowid, _rowid_) VALUES (7, 'a', 'b'); INSERT INTO w VALUES (2, 1), (1, 2)";
-
-    fn hashes_after(sql: &str) -> Vec<TableHash> {
-        let connection = Connection::open_in_memory().unwrap();
-        connection.execute_batch(SCHEMA).unwrap();
-        connection.execute_batch(sql).unwrap();
-        content_hashes(&connection).unwrap()
-    }
-
-    fn differing(sql: &str) -> Vec<String> {
-        let (before, after) = (hashes_after(""), hashes_after(sql));
-        let changed = after.into_iter().filter(|hash| !before.contains(hash));
-        changed.map(|hash| hash.name).collect()
-    }
-
-    #[test]
-    fn any_change_of_the_content_changes_the_hash_of_its_table() {
-        assert_eq!(differing("SELECT 1"), Vec::<String>::new());
-        for sql in [
-            "UPDATE t SET b = 'one ' WHERE a = 1",
-            "UPDATE t SET b = CAST(b AS BLOB) WHERE a = 1",
-            "UPDATE t SET b = '' WHERE a = 3",
-            "UPDATE t SET a = 9 WHERE a = 4",
-            "DELETE FROM t WHERE a = 4",
-        ] {
-            assert_eq!(differing(sql), ["t"], "{sql}");
-        }
-        assert_eq!(differing("UPDATE u SET oid = 8"), ["u"]);
-        assert_eq!(differing("UPDATE w SET b = 3 WHERE a = 1"), ["w"]);
-        assert_eq!(differing("INSERT INTO e VALUES (NULL)"), ["e"]);
-        assert_eq!(differing("CREATE INDEX ta ON t(a, b)"), [""]);
-        assert_eq!(differing("PRAGMA user_version = 3"), [""]);
-    }
-
-    #[test]
-    fn what_only_the_file_knows_changes_no_hash() {
-        let sql =
-            "INSERT INTO e VALUES (1); DELETE FROM e; INSERT INTO t(a) VALUES (9); DELETE FROM t WHERE a = 9";
-        assert_eq!(differing(sql), Vec::<String>::new());
-    }
 }

@@ -88,7 +88,7 @@ impl Node {
             sqlited_version: known(status.sqlited_version),
             raftd_version: known(status.raftd_version),
             sqlite_version: known(status.sqlite_version),
-            health: known(status.unhealthy).unwrap_or_else(|| "ok".into()),
+            health: known(status.unhealthy).or_else(|| known(status.alarm)).unwrap_or_else(|| "ok".into()),
         }
     }
 

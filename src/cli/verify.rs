@@ -72,8 +72,8 @@ fn report(index: u64, answers: &[Answer]) -> ExitCode {
                 println!("node {id} ({address}): the same");
             }
             (Ok(tables), Some(right)) => println!(
-                "node {id} ({address}): DIFFERS from most others in {}: stop it, and bring it back with an empty \
-                 data directory of sqlited",
+                "node {id} ({address}): DIFFERS from most others in {}: it serves no more; rebuild it from its peers \
+                 with `resqlite node replace`",
                 differences(tables, right)
             ),
             (Ok(_), None) => println!("node {id} ({address}): no content is that of most nodes"),

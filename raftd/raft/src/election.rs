@@ -58,6 +58,11 @@ impl Node {
 
     /// Asks for pre-votes; a lone voter needs none.
     fn campaign(&mut self) {
+        if self.must_not_lead {
+            // It no longer believes in the leader either, so that its vote is free for whoever campaigns.
+            self.become_follower(self.hard_state.term, None);
+            return;
+        }
         if self.options.voters.len() == 1 {
             self.become_candidate(false);
             return;

@@ -35,6 +35,8 @@ pub struct Node {
     pub(crate) commit_index: Index,
     /// The wall clock, as the driver last told it.
     pub(crate) now_ms: u64,
+    /// Its state machine cannot be trusted.
+    pub(crate) must_not_lead: bool,
     /// Ticks since this node was made.
     pub(crate) ticks: u64,
     /// Ticks since a leader was heard, a vote was granted or a campaign began.
@@ -110,6 +112,7 @@ impl Node {
             state: State::Follower { leader: None },
             commit_index,
             now_ms: 0,
+            must_not_lead: false,
             ticks: 0,
             election_elapsed: 0,
             election_timeout: 0,
@@ -134,6 +137,7 @@ impl Node {
         }
         self.expire_forwarded();
         self.expire_reads();
+        self.yield_leadership();
     }
 
     /// Takes in a message from a peer.

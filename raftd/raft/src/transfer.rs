@@ -50,6 +50,21 @@ impl Node {
         Ok(())
     }
 
+    /// Says whether this node must leave leading to others, because its state machine cannot be trusted. It then hands
+    /// over what it leads, tries again until somebody takes it, and does not campaign. It votes and replicates as ever:
+    /// its log is as good as any. Forgotten by a restart.
+    pub fn set_must_not_lead(&mut self, must_not_lead: bool) {
+        self.must_not_lead = must_not_lead;
+        self.yield_leadership();
+    }
+
+    pub(crate) fn yield_leadership(&mut self) {
+        if self.must_not_lead {
+            // Not the leader, under way, or nobody there yet: in every case the next tick looks again.
+            let _ = self.transfer_leadership(None);
+        }
+    }
+
     /// Tells the successor to campaign, once it holds everything.
     pub(crate) fn continue_transfer(&mut self) {
         let State::Leader(leader) = &mut self.state else { return };
@@ -72,7 +87,9 @@ impl Node {
 
     /// The leader wants this node to succeed it: campaign without asking first.
     pub(crate) fn handle_timeout_now(&mut self, from: NodeId) {
-        if matches!(self.state, State::Follower { leader: Some(leader) } if leader == from) {
+        let asked_by_leader =
+            matches!(self.state, State::Follower { leader: Some(leader) } if leader == from);
+        if asked_by_leader && !self.must_not_lead {
             self.become_candidate(true);
         }
     }

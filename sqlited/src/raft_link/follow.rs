@@ -14,7 +14,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, transport::Channel};
 
 use super::{LinkState, SessionEnd, closed_by_raftd, refuses_for_good};
-use crate::pipeline::{self, Progress};
+use crate::{
+    facts::Facts,
+    pipeline::{self, Progress},
+};
 
 /// The pause before attaching again where raftd was not ready.
 const ATTACH_AGAIN: Duration = Duration::from_millis(200);
@@ -25,8 +28,10 @@ pub(super) async fn follow(
     cluster_id: u64,
     pipeline: &pipeline::Handle,
     mut progress: watch::Receiver<Progress>,
+    facts: &Facts,
     state: &watch::Sender<LinkState>,
 ) -> SessionEnd {
+    let mut health = facts.watch_health();
     // Behind everything that an earlier life of the link has queued.
     let Some(position) = pipeline.position().await else {
         // The pipeline only ends when the daemon does.
@@ -38,6 +43,7 @@ pub(super) async fn follow(
         applied_term: position.applied_term,
         applied_timestamp_ms: position.applied_timestamp_ms,
         exclusive: true,
+        must_not_lead: health.borrow_and_update().diverged.is_some(),
     };
     let attach = FollowRequest { request: Some(follow_request::Request::Attach(attach)) };
     let (requests, mut entries) = loop {
@@ -58,13 +64,17 @@ pub(super) async fn follow(
     loop {
         let news = async {
             let permit = requests.reserve().await.ok()?;
-            progress.changed().await.ok()?;
+            tokio::select! {
+                changed = progress.changed() => changed.ok()?,
+                changed = health.changed() => changed.ok()?,
+            }
             Some(permit)
         };
         tokio::select! {
             permit = news => {
                 let Some(permit) = permit else { return closed_by_raftd() };
-                permit.send(report(*progress.borrow_and_update()));
+                let must_not_lead = health.borrow_and_update().diverged.is_some();
+                permit.send(report(*progress.borrow_and_update(), must_not_lead));
             }
             message = entries.message() => {
                 let response = match message {
@@ -133,9 +143,9 @@ fn learn(state: &watch::Sender<LinkState>, response: &FollowResponse) {
     });
 }
 
-fn report(progress: Progress) -> FollowRequest {
-    let progress =
-        FollowProgress { applied_index: progress.applied_index, durable_index: progress.durable_index };
+fn report(progress: Progress, must_not_lead: bool) -> FollowRequest {
+    let Progress { applied_index, durable_index } = progress;
+    let progress = FollowProgress { applied_index, durable_index, must_not_lead };
     FollowRequest { request: Some(follow_request::Request::Progress(progress)) }
 }
 

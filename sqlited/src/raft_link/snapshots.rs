@@ -25,6 +25,7 @@ use tonic::{Code, Status, Streaming, transport::Channel};
 use super::{SessionEnd, closed_by_raftd};
 use crate::{
     apply::Position,
+    facts::Facts,
     pipeline,
     snapshot::{self, Announced, Incoming, PartReader, Users},
 };
@@ -76,6 +77,7 @@ impl Received {
 pub(super) async fn exchange(
     mut client: LogServiceClient<Channel>,
     exchange: &SnapshotExchange,
+    facts: &Facts,
 ) -> SessionEnd {
     let mut tasks = match client.watch_snapshots(WatchSnapshotsRequest {}).await {
         Ok(response) => response.into_inner(),
@@ -90,7 +92,7 @@ pub(super) async fn exchange(
         tokio::select! {
             task = tasks.message() => match task {
                 Ok(Some(task)) => match task.task {
-                    Some(Task::Send(id)) => drop(sending.spawn(send(client.clone(), exchange.clone(), id))),
+                    Some(Task::Send(id)) => drop(sending.spawn(send(client.clone(), exchange.clone(), id, facts.diverged()))),
                     Some(Task::Receive(id)) => {
                         receiving.abort_all();
                         receiving.spawn(receive(client.clone(), exchange.clone(), id));
@@ -119,11 +121,15 @@ async fn send(
     mut client: LogServiceClient<Channel>,
     exchange: SnapshotExchange,
     transfer_id: u64,
+    diverged: Option<String>,
 ) -> Result<(), String> {
     let began = Instant::now();
     let connection_right = exchange.users.share().await;
     let (parts, outgoing) = mpsc::channel(PARTS_WAITING);
     let copied = spawn_blocking(move || {
+        if let Some(why) = diverged {
+            return Err(format!("this node is no source of snapshots: {why}"));
+        }
         let to = snapshot::outgoing(&exchange.database, transfer_id);
         let copy = snapshot::copy(&exchange.database, &to, || !parts.is_closed());
         drop(connection_right);

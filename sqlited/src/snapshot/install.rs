@@ -10,6 +10,7 @@ use std::{
 };
 
 use super::{beside, incoming::Incoming};
+use crate::verify;
 
 /// Where a snapshot is received.
 pub(super) const INCOMING: &str = ".incoming";
@@ -45,7 +46,8 @@ pub fn finish(database: &Path) -> io::Result<bool> {
 
 fn carry_out(database: &Path) -> io::Result<()> {
     // First of all: a write-ahead log of the old database would be taken for the new one's, and undo it page by page.
-    for suffix in ["-wal", "-shm", "-journal"] {
+    // What was said of the old content goes with it.
+    for suffix in ["-wal", "-shm", "-journal", verify::FILE_SUFFIX] {
         remove_if_there(&beside(database, suffix))?;
     }
     sync_directory_of(database)?;
@@ -83,6 +85,6 @@ fn directory_of(database: &Path) -> &Path {
 }
 
 /// Makes what was created, renamed or removed beside the database durable.
-pub(super) fn sync_directory_of(database: &Path) -> io::Result<()> {
+pub(crate) fn sync_directory_of(database: &Path) -> io::Result<()> {
     File::open(directory_of(database))?.sync_all()
 }

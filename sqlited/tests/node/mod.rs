@@ -68,12 +68,16 @@ pub struct Log {
     /// For the next proposals; Commit when it is empty.
     pub fates: VecDeque<Fate>,
     pub leader: bool,
+    /// Who it is, while there is one.
+    pub leader_id: u64,
     pub refuse_attach: bool,
     /// Barriers that were asked for.
     pub barriers: u64,
     /// Barriers are answered only while this is true.
     pub answer_barriers: bool,
     pub cluster_id: u64,
+    /// What sqlited said last.
+    pub must_not_lead: bool,
 }
 
 /// The in-memory raftd.
@@ -89,10 +93,12 @@ impl FakeRaftd {
             entries: Vec::new(),
             fates: VecDeque::new(),
             leader: true,
+            leader_id: 1,
             refuse_attach: false,
             barriers: 0,
             answer_barriers: true,
             cluster_id,
+            must_not_lead: false,
         };
         let fake = Self { log: Arc::new(Mutex::new(log)), changed: watch::Sender::new(()) };
         fake.append(LogEntryKind::Noop, Bytes::new());
@@ -107,6 +113,11 @@ impl FakeRaftd {
     pub fn set(&self, change: impl FnOnce(&mut Log)) {
         change(&mut self.log());
         self.changed.send_replace(());
+    }
+
+    /// News of the log.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
     }
 
     /// Returns once the log is as asked.
@@ -234,6 +245,15 @@ impl LogService for FakeRaftd {
         if self.log().refuse_attach {
             return Err(Status::failed_precondition("the log holds another term there"));
         }
+        self.set(|log| log.must_not_lead = attach.must_not_lead);
+        let reports = self.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(message)) = requests.message().await {
+                if let Some(follow_request::Request::Progress(progress)) = message.request {
+                    reports.set(|log| log.must_not_lead = progress.must_not_lead);
+                }
+            }
+        });
         let (sender, responses) = mpsc::channel(4);
         let fake = self.clone();
         tokio::spawn(async move {
@@ -246,7 +266,7 @@ impl LogService for FakeRaftd {
                         entries: log.entries[sent..].to_vec(),
                         commit_index: log.entries.len() as u64,
                         term: 1,
-                        leader_id: u64::from(log.leader),
+                        leader_id: if log.leader { log.leader_id } else { 0 },
                         cluster_id: log.cluster_id,
                     }
                 };
@@ -312,7 +332,7 @@ impl LogService for FakeRaftd {
             cluster_id: log.cluster_id,
             role: if log.leader { RaftRole::Leader } else { RaftRole::Candidate }.into(),
             term: 1,
-            leader_id: u64::from(log.leader),
+            leader_id: if log.leader { log.leader_id } else { 0 },
             commit_index: log.entries.len() as u64,
             ..LogStatusResponse::default()
         }))
@@ -335,6 +355,7 @@ pub struct Node {
     pub channel: Channel,
     pub socket: PathBuf,
     pub directory: TempDir,
+    pub config: Config,
 }
 
 /// The configuration of a node in this directory.
@@ -358,18 +379,33 @@ impl Node {
 
     /// Starts one whose log was prepared first.
     pub async fn start_with(prepare: impl FnOnce(&FakeRaftd)) -> Self {
+        Self::start_as(|_| {}, prepare).await
+    }
+
+    /// Starts one with other settings, whose log was prepared first.
+    pub async fn start_as(set: impl FnOnce(&mut Config), prepare: impl FnOnce(&FakeRaftd)) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let config = config(directory.path());
+        let mut config = config(directory.path());
+        set(&mut config);
         let raftd = FakeRaftd::new(config.cluster_id());
         prepare(&raftd);
+        let process = Some(raftd.serve(&config.raftd.socket));
+        Self::launch(directory, config, raftd, process).await
+    }
+
+    async fn launch(
+        directory: TempDir,
+        config: Config,
+        raftd: FakeRaftd,
+        process: Option<FakeProcess>,
+    ) -> Self {
         let socket = config.raftd.socket.clone();
-        let process = Some(raftd.serve(&socket));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = Shutdown::new();
-        let running = tokio::spawn(sqlited::run(config, listener, shutdown.clone()));
+        let running = tokio::spawn(sqlited::run(config.clone(), listener, shutdown.clone()));
         let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy();
-        Self { raftd, process, shutdown, running, channel, socket, directory }
+        Self { raftd, process, shutdown, running, channel, socket, directory, config }
     }
 
     pub fn client(&self) -> ReSqliteClient<Channel> {
@@ -389,6 +425,14 @@ impl Node {
             panic!("the health stream ended");
         };
         timeout(PATIENCE, watching).await.expect("the health is as asked in time");
+    }
+
+    /// Stops it cleanly, and starts it again beside the same log.
+    pub async fn restart(self) -> Self {
+        let Self { raftd, process, shutdown, running, directory, config, .. } = self;
+        shutdown.trigger();
+        timeout(PATIENCE, running).await.expect("it stops in time").unwrap().unwrap();
+        Self::launch(directory, config, raftd, process).await
     }
 
     /// Stops it cleanly.

@@ -12,6 +12,7 @@
 //! | `sync 1 [n]` | makes the node's oldest writes durable |
 //! | `stabilize` | syncs and delivers until nothing is under way |
 //! | `cut 1 2`, `heal` | loses every message between two nodes, until healed |
+//! | `must_not_lead 1 true` | the state machine of the node says whether it cannot be trusted |
 //! | `crash 1`, `restart 1` | loses what was not synced; comes back with the rest |
 //! | `step from=1 to=2 term=3 KIND …` | hands a node a message made by hand; see [`Script::step`] |
 //! | `log 1…`, `status 1…`, `progress 1` | shows the durable log, the node, a leader's view |
@@ -127,6 +128,10 @@ impl goldenscript::Runner for Script {
             "transfer" => {
                 let (id, to) = (args.id()?, args.key("to")?);
                 self.try_with(id, |node| Ok(node.transfer_leadership(to)?))?;
+            }
+            "must_not_lead" => {
+                let (id, must_not) = (args.id()?, args.next()?);
+                self.with(id, |node| node.set_must_not_lead(must_not))?;
             }
             "compact" => {
                 let (id, index) = (args.id()?, args.next()?);
