@@ -3,13 +3,16 @@
 //! Everything here stands on the client library and the configuration; nothing
 //! in the daemons knows of it.
 
+mod backup;
 mod batch;
 mod bench;
 mod dot;
 mod input;
 mod interactive;
+mod new_file;
 mod number;
 mod playground;
+mod progress;
 mod raft;
 mod render;
 mod shell;
@@ -53,6 +56,10 @@ enum Command {
     Status(status::Arguments),
     /// Compare what the nodes hold, while they serve
     Verify(verify::Arguments),
+    /// Keep the whole content as of one moment in an SQLite file
+    Backup(backup::BackupArguments),
+    /// Write the whole content as of one moment as SQL
+    Dump(backup::DumpArguments),
     /// Measure a cluster: a closed loop of clients
     Bench(bench::Arguments),
     /// Speak to a raftd that has no sqlited
@@ -112,6 +119,8 @@ async fn run(command: Command) -> ExitCode {
         Command::Shell(arguments) => run_shell(arguments).await,
         Command::Status(arguments) => status::run(arguments).await,
         Command::Verify(arguments) => verify::run(arguments).await,
+        Command::Backup(arguments) => backup::run_backup(arguments).await,
+        Command::Dump(arguments) => backup::run_dump(arguments).await,
         Command::Bench(arguments) => bench::run(arguments).await,
         Command::Raft(command) => raft::run(command).await,
     }

@@ -31,6 +31,7 @@
 //!
 //! Nothing here knows how a cluster replicates; it is all in the API.
 
+mod backup;
 mod endpoints;
 pub(crate) mod error;
 mod ids;
@@ -49,15 +50,16 @@ use std::{
 
 use tonic::{Request, Status};
 
-use self::{
-    endpoints::{Attempts, Endpoints, Patience},
-    ids::{Ids, Ticket},
-};
 pub use self::{
+    backup::Backup,
     error::Error,
     stream::{Event, Rows, Run},
     transaction::Transaction,
     value::{FromValue, Params, Row, Value},
+};
+use self::{
+    endpoints::{Attempts, Endpoints, Patience},
+    ids::{Ids, Ticket},
 };
 use crate::api::{
     self, ExecuteRequest, ExecuteResponse, QueryRequest, ReadOptions, RunRequest, StatusRequest,

@@ -16,11 +16,13 @@
 
 pub mod apply;
 pub mod arguments;
+pub mod backup;
 pub mod classify;
 pub mod connection;
 pub mod consistency;
 pub mod deadline;
 pub mod determinism;
+pub mod disk;
 pub mod errors;
 mod execute;
 pub mod facts;
@@ -72,6 +74,7 @@ use tonic_health::pb::health_server::{Health, HealthServer};
 
 use crate::{
     apply::{Applier, ApplyError, ApplySettings},
+    backup::Backups,
     consistency::ReadGate,
     facts::Facts,
     pipeline::{Pipeline, PipelineError},
@@ -196,10 +199,13 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
         limits::TRANSACTION_MAX,
         limits::MAX_TRANSACTIONS,
     ));
+    let users = snapshot::Users::new(readers.clone());
     let service = Service::new(ServiceParts {
         runner,
         transactions: Arc::clone(&transactions),
         verifications: verifications.clone(),
+        backups: Backups::new(database.clone(), users.clone()),
+        facts: facts.clone(),
         node_id: config.node_id,
         syntax: SyntaxCheck::new().map_err(|error| RunError::Start(error.to_string()))?,
         status: StatusSource::new(&config, database.clone(), link.clone(), facts.clone()),

@@ -4,18 +4,21 @@
 use std::{pin::Pin, sync::Arc};
 
 use resqlite::api::{
-    BeginRequest, BeginResponse, ContentHashRequest, ContentHashResponse, ExecuteRequest, ExecuteResponse,
-    QueryRequest, QueryResponse, RollbackRequest, RollbackResponse, RunEvent, RunRequest, RunResponse,
-    Statement, StatementList, StatementResult, StatusRequest, StatusResponse, VerifyMarker, VerifyRequest,
-    VerifyResponse, logged_request::Body, re_sqlite_server::ReSqlite, run_event::Event,
+    BackupFormat, BackupRequest, BackupResponse, BeginRequest, BeginResponse, ContentHashRequest,
+    ContentHashResponse, ExecuteRequest, ExecuteResponse, QueryRequest, QueryResponse, ReadOptions,
+    RollbackRequest, RollbackResponse, RunEvent, RunRequest, RunResponse, Statement, StatementList,
+    StatementResult, StatusRequest, StatusResponse, VerifyMarker, VerifyRequest, VerifyResponse,
+    logged_request::Body, re_sqlite_server::ReSqlite, run_event::Event,
 };
 use tokio::{sync::mpsc, time::timeout_at};
 use tokio_stream::{Stream, StreamExt, once, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 
 use crate::{
+    backup::Backups,
     deadline::Deadline,
     errors::{invalid_sql, own_sql_error, reply_status},
+    facts::Facts,
     limits::{MAX_PARAMETERS, MAX_STATEMENTS},
     reads::ReadBatch,
     run_request::{Runner, ScriptRequest, nul_byte, split},
@@ -47,6 +50,10 @@ pub struct ServiceParts {
     pub transactions: Arc<Transactions>,
     /// The content's hashes.
     pub verifications: Verifications,
+    /// Copies of the whole content.
+    pub backups: Backups,
+    /// How this node is.
+    pub facts: Facts,
     /// Of this node.
     pub node_id: u64,
     /// Keeps what cannot be parsed out of the log.
@@ -68,6 +75,7 @@ impl Service {
 
 #[tonic::async_trait]
 impl ReSqlite for Service {
+    type BackupStream = ReceiverStream<Result<BackupResponse, Status>>;
     type QueryStream = Streamed<QueryResponse>;
     type RunStream = ReceiverStream<Result<RunResponse, Status>>;
 
@@ -191,6 +199,21 @@ impl ReSqlite for Service {
                  restarted since"
             ))),
         }
+    }
+
+    async fn backup(&self, request: Request<BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        let deadline = Deadline::of_request(request.metadata()).of_step();
+        let format = request.into_inner().format;
+        let format = BackupFormat::try_from(format).map_err(|_| {
+            Status::invalid_argument(format!("{format} is not a backup format that this node knows"))
+        })?;
+        let ServiceParts { runner, backups, facts, .. } = &*self.parts;
+        // What a node holds that is not well, or that differs from the others, nobody should keep.
+        if let Some(why) = facts.health() {
+            return Err(Status::unavailable(format!("this node is no source for a backup: {why}")));
+        }
+        runner.gate.pass(&ReadOptions::default(), deadline).await?;
+        Ok(Response::new(backups.start(format).await?))
     }
 
     async fn status(&self, _request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {

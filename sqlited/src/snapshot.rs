@@ -3,6 +3,7 @@
 //! ```text
 //! resqlite.db                 the database
 //! resqlite.db.outgoing-<n>    a copy of one consistent view, until it is open for sending (see `copy`)
+//! resqlite.db.outgoing-backup a copy that becomes a backup, until it is open for sending (see `crate::backup`)
 //! resqlite.db.incoming        a snapshot that is being received and checked (see `incoming`)
 //! resqlite.db.installing      says that the incoming file is whole and is to take the database's place (see `install`)
 //! ```
@@ -23,7 +24,7 @@ use std::{
 
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
-pub use copy::{CopyError, DatabaseCopy, copy};
+pub use copy::{CopyError, DatabaseCopy, copy, copy_pages};
 pub use incoming::{Announced, Incoming, ReceiveError, receive};
 pub use install::finish;
 pub(crate) use install::sync_directory_of;
@@ -41,6 +42,11 @@ pub(crate) fn beside(database: &Path, suffix: &str) -> PathBuf {
 /// Where a copy for sending is made.
 pub fn outgoing(database: &Path, transfer_id: u64) -> PathBuf {
     beside(database, &format!("{}{transfer_id}", install::OUTGOING))
+}
+
+/// Where a copy for a backup is made.
+pub fn outgoing_backup(database: &Path) -> PathBuf {
+    beside(database, &format!("{}backup", install::OUTGOING))
 }
 
 /// All who have the database open beside the writer. Clones share them.

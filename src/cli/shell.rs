@@ -8,13 +8,14 @@ use std::{
     time::Instant,
 };
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 
 use super::{
     EXIT_BROKEN_PIPE,
     batch::{Batch, Mark},
     dot,
     input::{Input, Piece},
+    progress,
     render::{Format, Printer},
 };
 use crate::client::{Client, Error, Event, Script};
@@ -164,7 +165,7 @@ impl Shell {
                 let (mut input, length) = open(path).map_err(|message| Stop::at(0, message))?;
                 // On a terminal that shows the results as well, a bar would only be in their way.
                 if io::stderr().is_terminal() && !io::stdout().is_terminal() {
-                    self.progress = Some(progress_bar(length));
+                    self.progress = Some(progress::bar(Some(length)));
                 }
                 self.run_input(&mut input).await
             }
@@ -317,11 +318,6 @@ pub fn file_output(path: &str) -> Result<Output, String> {
 
 fn open(path: &str) -> Result<(Input, u64), String> {
     Input::file(path).map_err(|error| format!("cannot open \"{path}\": {error}"))
-}
-
-fn progress_bar(length: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
-    ProgressBar::new(length).with_style(style.expect("the template names only keys that indicatif knows"))
 }
 
 #[cfg(test)]

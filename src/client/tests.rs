@@ -13,9 +13,10 @@ use tonic::{Code, Response};
 
 use super::{error::sql_status, *};
 use crate::api::{
-    BeginRequest, BeginResponse, ContentHashRequest, ContentHashResponse, NodeStatus, QueryResponse,
-    RequestId, RollbackRequest, RollbackResponse, RunColumns, RunDone, RunEvent, RunResponse, VerifyRequest,
-    VerifyResponse,
+    BackupFormat, BackupHeader, BackupRequest, BackupResponse, BackupTrailer, BeginRequest, BeginResponse,
+    ContentHashRequest, ContentHashResponse, NodeStatus, QueryResponse, RequestId, RollbackRequest,
+    RollbackResponse, RunColumns, RunDone, RunEvent, RunResponse, VerifyRequest, VerifyResponse,
+    backup_response::Part,
     re_sqlite_server::{ReSqlite, ReSqliteServer},
     run_event,
 };
@@ -28,6 +29,7 @@ struct Told {
     executed: Mutex<Vec<ExecuteRequest>>,
     queried: Mutex<Vec<QueryRequest>>,
     ran: Mutex<Vec<RunRequest>>,
+    backup_answers: Answers<Vec<Result<BackupResponse, Status>>>,
     /// Without a further answer, a request succeeds.
     execute_answers: Answers<ExecuteResponse>,
     query_answers: Answers<Vec<Result<QueryResponse, Status>>>,
@@ -48,6 +50,7 @@ fn stream<T: Send + 'static>(
 
 #[tonic::async_trait]
 impl ReSqlite for Node {
+    type BackupStream = ReceiverStream<Result<BackupResponse, Status>>;
     type QueryStream = ReceiverStream<Result<QueryResponse, Status>>;
     type RunStream = ReceiverStream<Result<RunResponse, Status>>;
 
@@ -74,6 +77,10 @@ impl ReSqlite for Node {
 
     async fn rollback(&self, _: Request<RollbackRequest>) -> Result<Response<RollbackResponse>, Status> {
         Err(Status::unimplemented("nothing here is a transaction"))
+    }
+
+    async fn backup(&self, _: Request<BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        self.0.backup_answers.lock().unwrap().pop_front().unwrap_or_else(|| Ok(Vec::new())).map(stream)
     }
 
     async fn verify(&self, _: Request<VerifyRequest>) -> Result<Response<VerifyResponse>, Status> {
@@ -363,4 +370,42 @@ fn values_are_had_in_types_that_hold_them() {
     assert_eq!(row.get::<Vec<u8>>(4), Ok(vec![1]));
     assert!(row.get::<i64>(5).is_err());
     assert_eq!(row.into_values(), values);
+}
+
+fn backup_of(parts: Vec<Part>) -> Vec<Result<BackupResponse, Status>> {
+    let header = Part::Header(BackupHeader { log_index: 7, size_bytes: 6 });
+    std::iter::once(header).chain(parts).map(|part| Ok(BackupResponse { part: Some(part) })).collect()
+}
+
+fn trailer(of: &[u8]) -> Part {
+    let blake3 = blake3::hash(of).as_bytes().to_vec().into();
+    Part::Trailer(BackupTrailer { size_bytes: of.len() as u64, blake3 })
+}
+
+/// What comes of a backup that a node sends so.
+async fn backup(parts: Vec<Result<BackupResponse, Status>>) -> Result<Vec<u8>, Error> {
+    let (told, address) = start().await;
+    told.backup_answers.lock().unwrap().push_back(Ok(parts));
+    let mut backup = client(&[&address]).await.backup(BackupFormat::Database).await?;
+    assert_eq!((backup.log_index(), backup.size_bytes()), (7, Some(6)));
+    let mut bytes = Vec::new();
+    while let Some(data) = backup.next().await? {
+        bytes.extend_from_slice(&data);
+    }
+    Ok(bytes)
+}
+
+#[tokio::test]
+async fn a_backup_is_whole_only_with_its_checksum() {
+    let data = |text: &'static str| Part::Data(text.into());
+    let whole = backup_of(vec![data("abc"), data("def"), trailer(b"abcdef")]);
+    assert_eq!(backup(whole).await, Ok(b"abcdef".to_vec()));
+    let cut_off = backup(backup_of(vec![data("abc")])).await;
+    assert!(matches!(&cut_off, Err(Error::Unavailable(why)) if why.contains("after 3 bytes")), "{cut_off:?}");
+    let mut broken = backup_of(vec![data("abc")]);
+    broken.push(Err(unavailable()));
+    assert!(matches!(backup(broken).await, Err(Error::Unavailable(_))));
+    for lie in [vec![data("abcdeg"), trailer(b"abcdef")], vec![data("abc"), trailer(b"abcdef")]] {
+        assert!(matches!(backup(backup_of(lie)).await, Err(Error::Internal(_))));
+    }
 }

@@ -1,4 +1,4 @@
-//! The sending side's copy: the pages of one consistent view, as they are.
+//! A copy of the database, for a snapshot or a backup: the pages of one consistent view, as they are.
 //!
 //! The view is given up as soon as the pages are copied, because no checkpoint gets past a reader's view while it
 //! lasts. `VACUUM INTO` would be shorter, and wrong: it gives new rowids to the rows of a table without an INTEGER
@@ -62,7 +62,9 @@ pub fn copy(database: &Path, to: &Path, is_wanted: impl Fn() -> bool) -> Result<
     }
 }
 
-fn copy_pages(database: &Path, to: &Path, is_wanted: impl Fn() -> bool) -> Result<Position, CopyError> {
+/// Copies the pages of one view that is current now, and says where that stands in the log. What is at `to` after an
+/// error is of no use. Blocks.
+pub fn copy_pages(database: &Path, to: &Path, is_wanted: impl Fn() -> bool) -> Result<Position, CopyError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let source = Connection::open_with_flags(database, flags)?;
     let mut target = Connection::open(to)?;

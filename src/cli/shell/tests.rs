@@ -12,10 +12,10 @@ use tonic::{Code, Request, Response, Status};
 use super::*;
 use crate::{
     api::{
-        self, BeginRequest, BeginResponse, ContentHashRequest, ContentHashResponse, ExecuteRequest,
-        ExecuteResponse, NodeStatus, QueryRequest, QueryResponse, RollbackRequest, RollbackResponse,
-        RunColumns, RunDone, RunEvent, RunRequest, RunResponse, SqlError, StatusRequest, StatusResponse,
-        VerifyRequest, VerifyResponse,
+        self, BackupRequest, BackupResponse, BeginRequest, BeginResponse, ContentHashRequest,
+        ContentHashResponse, ExecuteRequest, ExecuteResponse, NodeStatus, QueryRequest, QueryResponse,
+        RollbackRequest, RollbackResponse, RunColumns, RunDone, RunEvent, RunRequest, RunResponse, SqlError,
+        StatusRequest, StatusResponse, VerifyRequest, VerifyResponse,
         re_sqlite_server::{ReSqlite, ReSqliteServer},
         run_event,
         value::Kind,
@@ -35,6 +35,7 @@ type Events = ReceiverStream<Result<RunResponse, Status>>;
 
 #[tonic::async_trait]
 impl ReSqlite for Server {
+    type BackupStream = ReceiverStream<Result<BackupResponse, Status>>;
     type QueryStream = ReceiverStream<Result<QueryResponse, Status>>;
     type RunStream = Events;
 
@@ -57,6 +58,10 @@ impl ReSqlite for Server {
 
     async fn rollback(&self, _: Request<RollbackRequest>) -> Result<Response<RollbackResponse>, Status> {
         Err(Status::unimplemented("nothing here is a transaction"))
+    }
+
+    async fn backup(&self, _: Request<BackupRequest>) -> Result<Response<Self::BackupStream>, Status> {
+        Err(Status::unimplemented("there is nothing to keep"))
     }
 
     async fn verify(&self, _: Request<VerifyRequest>) -> Result<Response<VerifyResponse>, Status> {
