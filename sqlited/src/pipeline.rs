@@ -6,6 +6,8 @@
 //! bounded in bytes; beyond that the link stops reading and HTTP/2's flow
 //! control makes raftd wait. It knows nothing of clients and of SQL.
 
+mod syncer;
+
 use std::{
     io,
     sync::{
@@ -14,7 +16,7 @@ use std::{
         mpsc as blocking,
     },
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use prost::Message;
@@ -22,10 +24,11 @@ use resqlite::api::LogEntry;
 use rusqlite::InterruptHandle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
+use self::syncer::{Syncer, ToSync};
 use crate::{
-    apply::{Applied, Applier, ApplyError, ApplySettings, Durability, Position},
+    apply::{Applied, Applier, ApplyError, ApplySettings, Position},
     facts::Facts,
-    limits::{APPLY_GROUP_BYTES, DURABLE_EVERY, DURABLE_EVERY_ENTRIES, FOLLOW_QUEUE_BYTES},
+    limits::{APPLY_GROUP_BYTES, FOLLOW_QUEUE_BYTES},
     snapshot::{Exclusive, Incoming},
     waiters::Waiters,
 };
@@ -165,22 +168,25 @@ impl Pipeline {
         let index = applier.position().applied_index;
         // What the last run left behind is durable once the first sync says so, not before.
         let (publish, progress) = watch::channel(Progress { applied_index: index, durable_index: 0 });
-        let (applied, to_sync) = blocking::channel();
+        let (syncer, to_sync) = Syncer::new(applier.durability(), index, publish);
+        let sync_failed = events.clone();
         let stop = Arc::new(AtomicBool::new(false));
-
-        let syncer = Syncer { wal: applier.durability(), applied: to_sync, publish, events: events.clone() };
         let interrupt = Arc::new(Mutex::new(applier.interrupt_handle()));
         let worker = Worker {
             applier,
             queue,
             events,
-            applied,
+            to_sync,
             stop: Arc::clone(&stop),
             interrupt: Arc::clone(&interrupt),
         };
         let threads = vec![
             thread::Builder::new().name("apply".into()).spawn(move || worker.run())?,
-            thread::Builder::new().name("wal-sync".into()).spawn(move || syncer.run())?,
+            thread::Builder::new().name("wal-sync".into()).spawn(move || {
+                if let Err(error) = syncer.run() {
+                    drop(sync_failed.blocking_send(Event::Failed(PipelineError::Sync(error))));
+                }
+            })?,
         ];
         let room = Arc::new(Semaphore::new(FOLLOW_QUEUE_BYTES));
         Ok(Self {
@@ -273,7 +279,7 @@ struct Worker {
     applier: Applier,
     queue: blocking::Receiver<Command>,
     events: mpsc::Sender<Event>,
-    applied: blocking::Sender<ToSync>,
+    to_sync: ToSync,
     stop: Arc<AtomicBool>,
     interrupt: Arc<Mutex<InterruptHandle>>,
 }
@@ -315,7 +321,7 @@ impl Worker {
     /// Becomes a snapshot, with a new connection. None: that failed half-way, and this process cannot go on.
     fn replace(self, Replacement { incoming, exclusive, done }: Replacement) -> Option<Self> {
         let settings = self.applier.settings();
-        let Self { applier, queue, events, applied, stop, interrupt } = self;
+        let Self { applier, queue, events, to_sync, stop, interrupt } = self;
         let applier = match make_way(applier, &incoming) {
             Err((applier, why)) => {
                 incoming.discard();
@@ -334,7 +340,7 @@ impl Worker {
                     }
                     *interrupt.lock().unwrap_or_else(PoisonError::into_inner) = applier.interrupt_handle();
                     // Only its own database's write-ahead log may be synced from here on.
-                    let _ = applied.send(ToSync::Replaced(applier.durability(), index));
+                    to_sync.replaced(applier.durability(), index);
                     // Whoever waits for a request that came in the snapshot asks again, and finds its reply.
                     drop(events.blocking_send(Event::Replaced { index }));
                     let _ = done.send(Ok(()));
@@ -343,7 +349,7 @@ impl Worker {
             },
         };
         drop(exclusive);
-        Some(Self { applier, queue, events, applied, stop, interrupt })
+        Some(Self { applier, queue, events, to_sync, stop, interrupt })
     }
 
     /// All that has come in, up to a bound, and the command that follows it.
@@ -376,8 +382,7 @@ impl Worker {
             if index > before {
                 pause = MIN_RETRY;
                 self.tell(Event::Applied { applied, index });
-                // The syncing thread only ends before us when it has failed, and has said so.
-                let _ = self.applied.send(ToSync::Applied(index));
+                self.to_sync.applied(index);
             }
             let all_applied = entries.last().is_none_or(|last| last.index <= index);
             if all_applied || self.stopping() {
@@ -442,58 +447,6 @@ fn become_snapshot(incoming: Incoming, settings: ApplySettings) -> Result<Applie
     let database = incoming.database().to_owned();
     incoming.install().map_err(PipelineError::Install)?;
     Applier::open(&database, settings).map_err(PipelineError::Apply)
-}
-
-/// News for the thread that syncs.
-enum ToSync {
-    /// Everything up to this index is applied.
-    Applied(u64),
-    /// The database was replaced by one at this index.
-    Replaced(Durability, u64),
-}
-
-/// The thread that makes durable what was applied, off the path of replies.
-struct Syncer {
-    wal: Durability,
-    applied: blocking::Receiver<ToSync>,
-    publish: watch::Sender<Progress>,
-    events: mpsc::Sender<Event>,
-}
-
-impl Syncer {
-    /// The index that the news is about.
-    fn note(&mut self, news: ToSync) -> u64 {
-        match news {
-            ToSync::Applied(index) => index,
-            ToSync::Replaced(wal, index) => {
-                self.wal = wal;
-                index
-            }
-        }
-    }
-
-    fn run(mut self) {
-        let mut durable_index = 0;
-        while let Ok(first) = self.applied.recv() {
-            let enough = durable_index + DURABLE_EVERY_ENTRIES;
-            let mut applied_index = self.note(first);
-            let until = Instant::now() + DURABLE_EVERY;
-            while applied_index < enough
-                && let Ok(more) = self.applied.recv_timeout(until.saturating_duration_since(Instant::now()))
-            {
-                applied_index = self.note(more);
-            }
-            durable_index = match self.wal.sync() {
-                Ok(index) => index,
-                Err(error) => {
-                    drop(self.events.blocking_send(Event::Failed(PipelineError::Sync(error))));
-                    return;
-                }
-            };
-            self.publish
-                .send_replace(Progress { applied_index: applied_index.max(durable_index), durable_index });
-        }
-    }
 }
 
 #[cfg(test)]
