@@ -21,6 +21,10 @@ pub const SCRIPT_PART_BYTES: usize = 256 << 10;
 /// A script travels in entries of at most so many statements.
 pub const SCRIPT_PART_STATEMENTS: usize = 2_048;
 
+/// A reader answers at most so many statements of a script before it takes another's read: enough that handing them
+/// over costs little for each, few enough that nobody waits long.
+pub const SCRIPT_READS: usize = 64;
+
 /// What a gRPC message may be larger than the log entry that it becomes.
 pub const MESSAGE_SLACK_BYTES: usize = 64 << 10;
 
@@ -56,7 +60,7 @@ pub const APPLY_GROUP_BYTES: usize = 4 << 20;
 pub const ROW_BATCH_BYTES: usize = 64 << 10;
 
 /// How many messages of rows may wait for a client that is slower than its reader.
-pub const ROW_BATCHES_WAITING: usize = 4;
+pub const ROW_BATCHES_WAITING: usize = 8;
 
 /// How long a read may hold its snapshot. Pages behind the oldest snapshot
 /// cannot be checkpointed, so the write-ahead log grows for as long.

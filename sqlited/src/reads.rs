@@ -40,7 +40,7 @@ use crate::{
     script::Kind,
 };
 
-/// Rows of one read, in order.
+/// Rows of one statement, in order.
 #[derive(Debug, Default, PartialEq)]
 pub struct ReadBatch {
     /// In the first batch only.
@@ -49,16 +49,17 @@ pub struct ReadBatch {
     pub rows: Vec<Row>,
     /// The log index that the read sees; in the first batch.
     pub log_index: u64,
-    /// Nothing follows.
+    /// Nothing follows of this statement.
     pub last: bool,
 }
 
-/// Where a read's batches come out. Dropped, it ends the read.
+/// Where a read's batches come out, statement after statement. Dropped, it ends the read.
 #[derive(Debug)]
 pub struct Batches {
     receiver: mpsc::Receiver<ReadBatch>,
     end: End,
-    over: bool,
+    /// How many statements have not had their last batch.
+    statements_left: usize,
 }
 
 /// Why a read ended before its last batch. Beside the batches, and not behind
@@ -69,11 +70,14 @@ impl Stream for Batches {
     type Item = Result<ReadBatch, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if self.over {
+        if self.statements_left == 0 {
             return Poll::Ready(None);
         }
         let batch = ready!(self.receiver.poll_recv(context));
-        self.over = batch.as_ref().is_none_or(|batch| batch.last);
+        match &batch {
+            Some(batch) => self.statements_left -= usize::from(batch.last),
+            None => self.statements_left = 0,
+        }
         // Without its last batch a result is cut short, and must never look complete.
         let cut_short = || Status::internal("the read ended without its end");
         Poll::Ready(Some(batch.ok_or_else(|| self.end.get().cloned().unwrap_or_else(cut_short))))
@@ -152,9 +156,9 @@ enum Job {
 
 #[derive(Debug)]
 struct ReadJob {
-    statement: Statement,
-    /// Of the statement in its request, from 1; for errors.
-    number: usize,
+    /// All of the request's, from which these are read, in order.
+    statements: Arc<[Statement]>,
+    range: Range<usize>,
     deadline: Option<Instant>,
     /// The snapshot to read, if it is not to be the present one …
     held: Option<Arc<Held>>,
@@ -195,14 +199,23 @@ impl Readers {
         Ok(readers)
     }
 
-    /// Reads with one statement, `number` in its request.
+    /// Reads with one statement.
     pub fn read(
         &self,
         statement: Statement,
-        number: usize,
         deadline: Option<tokio::time::Instant>,
     ) -> Result<Batches, Status> {
-        self.push_read(statement, number, deadline, None, None)
+        self.push_read(Arc::new([statement]), 0..1, deadline, None, None)
+    }
+
+    /// Reads with these of a request's statements, one after the other: none sees less than the one before it.
+    pub fn read_all(
+        &self,
+        statements: &Arc<[Statement]>,
+        range: Range<usize>,
+        deadline: Option<tokio::time::Instant>,
+    ) -> Result<Batches, Status> {
+        self.push_read(Arc::clone(statements), range, deadline, None, None)
     }
 
     /// Opens a snapshot; reads of it end at `until`.
@@ -220,13 +233,13 @@ impl Readers {
         statement: Statement,
         deadline: Option<tokio::time::Instant>,
     ) -> Result<Batches, Status> {
-        self.push_read(statement, 1, deadline, Some(held), Some(turn))
+        self.push_read(Arc::new([statement]), 0..1, deadline, Some(held), Some(turn))
     }
 
     fn push_read(
         &self,
-        statement: Statement,
-        number: usize,
+        statements: Arc<[Statement]>,
+        range: Range<usize>,
         deadline: Option<tokio::time::Instant>,
         held: Option<Arc<Held>>,
         turn: Option<Turn>,
@@ -234,8 +247,8 @@ impl Readers {
         let (sender, receiver) = mpsc::channel(ROW_BATCHES_WAITING);
         let deadline = deadline.map(tokio::time::Instant::into_std);
         let end = End::default();
-        let batches = Batches { receiver, end: Arc::clone(&end), over: false };
-        let job = ReadJob { statement, number, deadline, held, turn, batches: sender, end };
+        let batches = Batches { receiver, end: Arc::clone(&end), statements_left: range.len() };
+        let job = ReadJob { statements, range, deadline, held, turn, batches: sender, end };
         self.queue.push(Job::Read(job))?;
         Ok(batches)
     }

@@ -151,7 +151,7 @@ impl<'a> Script<'a> {
             })?;
             next = match step {
                 Step::Done => return Ok(()),
-                Step::Read(statement) => self.read(statement).await?,
+                Step::Read(range) => self.read(range).await?,
                 Step::ForeignKeys(statement, enabled) => self.foreign_keys(statement, enabled).await?,
                 Step::Write(range) => self.write(range).await?,
                 Step::Block { statements, end, commit } => {
@@ -171,17 +171,17 @@ impl<'a> Script<'a> {
         Ok(())
     }
 
-    async fn read(&mut self, statement: usize) -> Result<usize, Status> {
+    async fn read(&mut self, range: Range<usize>) -> Result<usize, Status> {
         let deadline = self.request.deadline.of_step();
         if !self.gate_passed {
             self.runner.gate.pass(&self.request.read, deadline).await?;
             self.gate_passed = true;
         }
         self.runner.gate.see_index(self.seen_index, deadline).await?;
-        let number = statement + 1;
-        let what = self.request.statements[statement].clone();
-        let mut batches = self.runner.readers.read(what, number, self.request.deadline.named())?;
-        let mut log_index = 0;
+        let Range { start, end } = range.clone();
+        let statements = &self.request.statements;
+        let mut batches = self.runner.readers.read_all(statements, range, self.request.deadline.named())?;
+        let (mut number, mut log_index) = (start + 1, 0);
         while let Some(batch) = batches.next().await {
             let ReadBatch { columns, rows, log_index: seen, last } = batch?;
             if let Some(columns) = columns {
@@ -191,12 +191,14 @@ impl<'a> Script<'a> {
             for row in rows {
                 self.output.row(row);
             }
-            if !last {
+            if last {
+                self.output.done(number, &StatementResult::default(), log_index).await?;
+                number += 1;
+            } else {
                 self.output.flush().await?;
             }
         }
-        self.output.done(number, &StatementResult::default(), log_index).await?;
-        Ok(statement + 1)
+        Ok(end)
     }
 
     async fn foreign_keys(&mut self, statement: usize, enabled: Option<bool>) -> Result<usize, Status> {

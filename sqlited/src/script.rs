@@ -12,7 +12,7 @@ use resqlite::api::SqlError;
 
 use crate::{
     errors::own_sql_error,
-    limits::{SCRIPT_PART_BYTES, SCRIPT_PART_STATEMENTS},
+    limits::{SCRIPT_PART_BYTES, SCRIPT_PART_STATEMENTS, SCRIPT_READS},
 };
 
 /// What a statement is to a script.
@@ -39,8 +39,8 @@ pub enum Kind {
 pub enum Step {
     /// Nothing is left.
     Done,
-    /// Read this statement here.
-    Read(usize),
+    /// Read these here, one after the other.
+    Read(Range<usize>),
     /// Change, or tell, the setting that the rest runs under.
     ForeignKeys(usize, Option<bool>),
     /// Propose these, each on its own.
@@ -65,7 +65,7 @@ pub fn next_step(kinds: &[Kind], sizes: &[usize], next: usize) -> Option<Result<
     }
     let number = next + 1;
     Some(match kinds.get(next)? {
-        Kind::Read => Ok(Step::Read(next)),
+        Kind::Read => Ok(Step::Read(next..end_of_reads(kinds, next))),
         Kind::Write => Ok(Step::Write(next..end_of_writes(kinds, sizes, next))),
         Kind::ForeignKeys(enabled) => Ok(Step::ForeignKeys(next, *enabled)),
         Kind::Begin => return block(kinds, sizes.len(), next),
@@ -73,6 +73,12 @@ pub fn next_step(kinds: &[Kind], sizes: &[usize], next: usize) -> Option<Result<
         Kind::Rollback => Err(own_sql_error("cannot rollback - no transaction is active", number)),
         Kind::Refused(error) => Err(SqlError { statement: number as u32, ..(**error).clone() }),
     })
+}
+
+/// Where the statements that one reader answers in one go end.
+fn end_of_reads(kinds: &[Kind], first: usize) -> usize {
+    let reads = kinds[first..].iter().take(SCRIPT_READS).take_while(|kind| **kind == Kind::Read);
+    first + reads.count()
 }
 
 /// Where the statements that are proposed together end.
@@ -133,9 +139,19 @@ mod tests {
     fn writes_go_together_up_to_the_next_read() {
         let kinds = [Write, Write, Read, Write];
         assert_eq!(step(&kinds, 0), Ok(Step::Write(0..2)));
-        assert_eq!(step(&kinds, 2), Ok(Step::Read(2)));
+        assert_eq!(step(&kinds, 2), Ok(Step::Read(2..3)));
         assert_eq!(step(&kinds, 3), Ok(Step::Write(3..4)));
         assert_eq!(step(&kinds, 4), Ok(Step::Done));
+    }
+
+    #[test]
+    fn reads_go_together_up_to_a_bound() {
+        let kinds = [Read, Read, Write, Read];
+        assert_eq!(step(&kinds, 0), Ok(Step::Read(0..2)));
+        assert_eq!(step(&kinds, 3), Ok(Step::Read(3..4)));
+        let many = vec![Read; SCRIPT_READS + 1];
+        assert_eq!(step(&many, 0), Ok(Step::Read(0..SCRIPT_READS)));
+        assert_eq!(step(&many, SCRIPT_READS), Ok(Step::Read(SCRIPT_READS..SCRIPT_READS + 1)));
     }
 
     #[test]

@@ -108,7 +108,7 @@ impl ReSqlite for Service {
         let Runner { readers, gate, .. } = &self.parts.runner;
         let mut batches = if transaction.is_empty() {
             gate.pass(&read.unwrap_or_default(), deadline.of_step()).await?;
-            readers.read(statement, 1, deadline.named())?
+            readers.read(statement, deadline.named())?
         } else {
             gate.check_trust()?;
             let (held, turn) = self.parts.transactions.read(&transaction, deadline.of_step()).await?;

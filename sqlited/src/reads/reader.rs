@@ -121,8 +121,18 @@ impl Reader {
         }
     }
 
-    /// Answers one read. An error is the connection's own, not the statement's.
+    /// Answers a read, statement by statement. An error is the connection's own, not the statements'.
     fn read(&self, reader: &OpenReader, job: ReadJob) -> rusqlite::Result<()> {
+        for at in job.range.clone() {
+            if !self.read_statement(reader, &job, at)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers one statement of a read. False: it failed, and the client was told why.
+    fn read_statement(&self, reader: &OpenReader, job: &ReadJob, at: usize) -> rusqlite::Result<bool> {
         let began = Instant::now();
         let watch = Watch {
             queue: Arc::clone(&self.queue),
@@ -133,24 +143,24 @@ impl Reader {
             patience: self.patience,
         };
         if let Some(ended) = watch.ended() {
-            ended.tell(&job);
-            return Ok(());
+            ended.tell(job);
+            return Ok(false);
         }
         let look = watch.clone();
         let connection = reader.connection.connection();
         connection.progress_handler(INSTRUCTIONS_BETWEEN_LOOKS, Some(move || look.ended().is_some()))?;
-        let outcome = Reading { reader, job: &job, watch: &watch, runtime: &self.runtime }.run();
+        let outcome = Reading { reader, job, at, watch: &watch, runtime: &self.runtime }.run();
         // The handler holds an end of the client's channel, which must close now.
         connection.progress_handler(0, None::<fn() -> bool>)?;
         match outcome {
-            Ok(()) => Ok(()),
+            Ok(()) => Ok(true),
             Err(Failure::Ended(ended)) => {
-                ended.tell(&job);
-                Ok(())
+                ended.tell(job);
+                Ok(false)
             }
             Err(Failure::Statement(status)) => {
                 job.tell(status);
-                Ok(())
+                Ok(false)
             }
             Err(Failure::Node(error)) => {
                 job.tell(Status::unavailable(format!("this node cannot read its database: {error}")));
@@ -301,15 +311,22 @@ impl From<Ended> for Failure {
     }
 }
 
-/// One read under way.
+/// One statement of a read under way.
 struct Reading<'a> {
     reader: &'a OpenReader,
     job: &'a ReadJob,
+    /// Which of the job's statements.
+    at: usize,
     watch: &'a Watch,
     runtime: &'a runtime::Handle,
 }
 
 impl Reading<'_> {
+    /// Of the statement in its request, from 1; for errors.
+    fn number(&self) -> usize {
+        self.at + 1
+    }
+
     fn run(&self) -> Result<(), Failure> {
         if let Some(held) = &self.job.held {
             return self.check().and_then(|()| self.rows(held.log_index()));
@@ -325,7 +342,7 @@ impl Reading<'_> {
 
     /// Lets only reads pass.
     fn check(&self) -> Result<(), Failure> {
-        let ReadJob { statement, number, .. } = self.job;
+        let statement = &self.job.statements[self.at];
         if self.reader.is_known_read(&statement.sql) {
             return Ok(());
         }
@@ -340,16 +357,16 @@ impl Reading<'_> {
                 own_sql_error("this is not a read: use Execute, or Run, for what is not", 0)
             }
         };
-        Err(Failure::Statement(invalid_sql(error, *number)))
+        Err(Failure::Statement(invalid_sql(error, self.number())))
     }
 
     fn rows(&self, log_index: u64) -> Result<(), Failure> {
-        let source = &self.job.statement;
+        let source = &self.job.statements[self.at];
         let run = |statement: &mut rusqlite::Statement<'_>| {
             Ok(match value::bind(statement, source) {
                 Ok(()) => self.stream(statement, log_index),
                 Err(BindError::Mismatch(message)) => {
-                    Err(Failure::Statement(invalid_sql(own_sql_error(message, 0), self.job.number)))
+                    Err(Failure::Statement(invalid_sql(own_sql_error(message, 0), self.number())))
                 }
                 Err(BindError::Sqlite(error)) => Err(self.failure(error, Code::InvalidArgument)),
             })
@@ -399,7 +416,7 @@ impl Reading<'_> {
         match classify::nature(extended_code, false) {
             Nature::Environmental => Failure::Node(error),
             Nature::Deterministic => {
-                let error = SqlError { statement: self.job.number as u32, ..classify::sql_error(&error, 0) };
+                let error = SqlError { statement: self.number() as u32, ..classify::sql_error(&error, 0) };
                 Failure::Statement(sql_status(code, &error))
             }
         }
