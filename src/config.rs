@@ -31,6 +31,9 @@ pub const EXIT_CONFIG: u8 = 78;
 pub struct Config {
     /// Which of the members this host is.
     pub node_id: u64,
+    /// With less than so much free on the filesystem of either daemon's data, this host takes no new writes.
+    #[serde(default = "default_min_free_bytes")]
+    pub min_free_bytes: u64,
     /// What all members agree on; the same text on every host.
     #[serde(default)]
     pub cluster: Cluster,
@@ -107,6 +110,11 @@ pub struct Sqlited {
     pub snapshot_bytes_per_second: u64,
     /// How often the nodes compare their contents; 0 is never.
     pub verify_interval_seconds: u64,
+}
+
+/// Enough for what may be under way when the limit is reached, several times over.
+fn default_min_free_bytes() -> u64 {
+    256 << 20
 }
 
 impl Default for Cluster {
@@ -302,6 +310,7 @@ impl Config {
             );
             return Err(("election_timeout_ms", 0, reason));
         }
+        in_range("min_free_bytes", self.min_free_bytes, 1 << 20, 1 << 50)?;
         in_range("cache_bytes", self.raftd.cache_bytes, 8 << 20, 64 << 30)?;
         in_range("log_tail_entries", self.raftd.log_tail_entries, 1, 1 << 40)?;
         in_range("log_tail_bytes", self.raftd.log_tail_bytes, 1 << 20, 1 << 40)?;

@@ -6,6 +6,7 @@
 //! - [`codec`]: how those become bytes,
 //! - [`config`]: the one YAML file that both daemons read,
 //! - [`daemon`]: what makes a process a good daemon (logs, signals, sd-notify),
+//! - [`disk`]: room on the filesystem of a daemon's data,
 //! - [`sql_text`]: where one SQL statement ends and the next begins,
 //! - [`client`]: the asynchronous client library.
 //!
@@ -17,6 +18,7 @@ pub mod client;
 pub mod codec;
 pub mod config;
 pub mod daemon;
+pub mod disk;
 pub mod sql_text;
 
 #[cfg(feature = "cli")]

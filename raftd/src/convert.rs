@@ -34,6 +34,8 @@ pub fn to_wire(message: Message, envelope: Envelope) -> api::PeerMessage {
         to: message.to,
         term: message.term,
         incarnation: envelope.incarnation,
+        // Not the core's business: the sending task puts it in.
+        shortage: String::new(),
         body: Some(body_to_wire(message.body)),
     }
 }
@@ -183,6 +185,7 @@ fn forward_outcome_to_wire(outcome: ForwardOutcome) -> api::forward_response::Ou
                 DropReason::NoLeader => api::DropReason::NoLeader,
                 DropReason::Overloaded => api::DropReason::Overloaded,
                 DropReason::Transferring => api::DropReason::Transferring,
+                DropReason::OutOfRoom => api::DropReason::OutOfRoom,
             };
             Outcome::Dropped(reason.into())
         }
@@ -202,6 +205,7 @@ fn forward_outcome_from_wire(
             api::DropReason::NoLeader => Ok(Err(DropReason::NoLeader)),
             api::DropReason::Overloaded => Ok(Err(DropReason::Overloaded)),
             api::DropReason::Transferring => Ok(Err(DropReason::Transferring)),
+            api::DropReason::OutOfRoom => Ok(Err(DropReason::OutOfRoom)),
             api::DropReason::Unspecified => Err(NO_REASON),
         },
     }
@@ -244,6 +248,7 @@ mod tests {
             Body::ForwardResponse { batch_id: 1, outcome: Err(DropReason::NoLeader) },
             Body::ForwardResponse { batch_id: 1, outcome: Err(DropReason::Overloaded) },
             Body::ForwardResponse { batch_id: 1, outcome: Err(DropReason::Transferring) },
+            Body::ForwardResponse { batch_id: 1, outcome: Err(DropReason::OutOfRoom) },
             Body::TimeoutNow,
         ]
     }

@@ -35,6 +35,7 @@ use crate::{
     convert::{self, Envelope},
     peer::Peer,
     proposals::{Proposals, ReplySender, Waiter, refused},
+    room::{MembersRoom, Shortage},
     snapshots::Snapshots,
     store::{LogReader, LogWriter, StoreError, Write},
 };
@@ -50,6 +51,9 @@ const INPUTS_PER_TURN: usize = 512;
 /// each attempt costs a copy of the database.
 const MIN_SNAPSHOT_RETRY: Duration = Duration::from_secs(1);
 const MAX_SNAPSHOT_RETRY: Duration = Duration::from_secs(30);
+
+/// How long a leader without room waits before it tries again to leave the lead to another member.
+const HAND_OVER_AGAIN: Duration = Duration::from_secs(5);
 
 /// What can happen to a node.
 #[derive(Debug)]
@@ -70,6 +74,12 @@ pub enum Input {
     ReadBarrier(oneshot::Sender<Option<Index>>),
     /// Somebody asks how this node is.
     Status(oneshot::Sender<raft::Status>),
+    /// Whether there is room for this node's log.
+    LogRoom(Shortage),
+    /// Whether there is room for the state machine beside this node.
+    StateMachineRoom(Shortage),
+    /// Whether a peer has room, by its own account.
+    PeerRoom(NodeId, Shortage),
     /// The state machine has durably applied the log up to here.
     StateMachineDurable(Index),
     /// Whether the state machine says of itself that it cannot be trusted.
@@ -171,6 +181,10 @@ pub struct Driver {
     progress: watch::Sender<Progress>,
     snapshots: Snapshots,
     compaction: Compaction,
+    room: MembersRoom,
+    shortages: Shortages,
+    /// When this node last tried to leave the lead to one with room.
+    handed_over_at: Option<Instant>,
     handle: DriverHandle,
     proposals: Proposals,
     gathered: Gathered,
@@ -190,6 +204,15 @@ pub struct Driver {
 struct Gathered {
     waiters: Vec<Waiter>,
     payloads: Vec<Bytes>,
+}
+
+/// Where shortages of room are told.
+#[derive(Debug)]
+pub struct Shortages {
+    /// To the peers: this node's own.
+    pub own: watch::Sender<Shortage>,
+    /// To the state machine: why its proposals are refused.
+    pub refusal: watch::Sender<Shortage>,
 }
 
 /// What a [`Driver`] is made of.
@@ -216,6 +239,10 @@ pub struct DriverParts {
     pub snapshots: Snapshots,
     /// Decides what may be discarded.
     pub compaction: Compaction,
+    /// Knows who has room.
+    pub room: MembersRoom,
+    /// Where shortages of room are told.
+    pub shortages: Shortages,
     /// For the tasks that the loop starts.
     pub handle: DriverHandle,
 }
@@ -224,7 +251,7 @@ impl Driver {
     /// Puts the parts together.
     pub fn new(parts: DriverParts) -> Self {
         let DriverParts { node, envelope, timing, inputs, durable, writer, reader, .. } = parts;
-        let DriverParts { peers, progress, snapshots, compaction, handle, .. } = parts;
+        let DriverParts { peers, progress, snapshots, compaction, room, shortages, handle, .. } = parts;
         let soft_state = SoftState { role: node.role(), term: node.status().term, leader: node.leader() };
         Self {
             node,
@@ -238,6 +265,9 @@ impl Driver {
             progress,
             snapshots,
             compaction,
+            room,
+            shortages,
+            handed_over_at: None,
             handle,
             proposals: Proposals::default(),
             gathered: Gathered::default(),
@@ -280,7 +310,10 @@ impl Driver {
                 // Time comes first: inputs that never cease must not keep a leader from noticing that its
                 // quorum is silent, nor anybody from stopping. Ticks are few, so they hold nothing up.
                 biased;
-                _ = ticks.tick() => self.node.tick(),
+                _ = ticks.tick() => {
+                    self.node.tick();
+                    self.leave_the_lead_for_want_of_room();
+                }
                 () = &mut stop, if stop_at.is_none() => {
                     stop_at = Some(Instant::now() + self.timing.handover_patience);
                     // A follower has nothing to hand over, and a leader without a successor just stops.
@@ -328,6 +361,18 @@ impl Driver {
                 self.node.read_index(self.last_read_id);
             }
             Input::Status(reply) => drop(reply.send(self.node.status())),
+            Input::LogRoom(shortage) => {
+                self.room.log_is(shortage);
+                self.weigh_room();
+            }
+            Input::StateMachineRoom(shortage) => {
+                self.room.state_machine_is(shortage);
+                self.weigh_room();
+            }
+            Input::PeerRoom(peer, shortage) => {
+                self.room.peer_is(peer, shortage);
+                self.weigh_room();
+            }
             Input::StateMachineDurable(index) => {
                 self.compaction.state_machine_is_durable(index);
                 self.compact()?;
@@ -400,6 +445,7 @@ impl Driver {
             let SoftState { role, term, leader } = soft_state;
             tracing::info!(?role, term, leader, "role");
             self.soft_state = soft_state;
+            self.weigh_room();
         }
         for peer in ready.snapshots {
             self.start_snapshot(peer);
@@ -471,6 +517,41 @@ impl Driver {
         Ok(())
     }
 
+    /// Follows what is known of the room: refuses, or takes, and tells everybody.
+    fn weigh_room(&mut self) {
+        let leads = self.soft_state.role == Role::Leader;
+        self.node.set_out_of_room(leads && self.room.leaders_refusal().is_some());
+        let said = if leads { self.room.leaders_refusal() } else { self.room.own() };
+        let tell = |told: &watch::Sender<Shortage>, now: Shortage| {
+            told.send_if_modified(|told| {
+                *told != now && {
+                    *told = now;
+                    true
+                }
+            });
+        };
+        tell(&self.shortages.own, said);
+        tell(&self.shortages.refusal, self.room.refusal(self.soft_state.leader));
+    }
+
+    /// A leader without room leaves the lead to a member that has it, so that writes go on.
+    fn leave_the_lead_for_want_of_room(&mut self) {
+        let leads = self.soft_state.role == Role::Leader;
+        let just_tried = self.handed_over_at.is_some_and(|at| at.elapsed() < HAND_OVER_AGAIN);
+        // If most members lack room the next leader could take nothing, either.
+        if !leads || self.room.own().is_none() || !self.room.majority_has_room() || just_tried {
+            return;
+        }
+        let status = self.node.status();
+        let able = status.peers.iter().filter(|(id, peer)| peer.recently_active && self.room.has_room(**id));
+        let Some((&to, _)) = able.max_by_key(|(_, peer)| peer.matched_index) else { return };
+        self.handed_over_at = Some(Instant::now());
+        match self.node.transfer_leadership(Some(to)) {
+            Ok(()) => tracing::warn!(to, "no room here: handing leadership over"),
+            Err(error) => tracing::warn!(to, %error, "no room here, but leadership cannot be handed over"),
+        }
+    }
+
     fn send_all(&mut self, messages: Vec<Message>) {
         for message in messages {
             if let raft::Body::VoteResponse { pre_vote, .. } = message.body {
@@ -495,6 +576,7 @@ impl Driver {
                 let refusal = match reason {
                     DropReason::NoLeader | DropReason::Transferring => ProposalRefusal::NoLeader,
                     DropReason::Overloaded => ProposalRefusal::Overloaded,
+                    DropReason::OutOfRoom => ProposalRefusal::OutOfRoom,
                 };
                 self.proposals.answer(batch_id, refused(refusal));
             }

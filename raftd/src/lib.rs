@@ -20,6 +20,7 @@ pub mod log_service;
 pub mod peer;
 pub mod peer_service;
 pub mod proposals;
+pub mod room;
 pub mod snapshots;
 pub mod store;
 
@@ -29,6 +30,7 @@ use resqlite::{
     api::{log_service_server::LogServiceServer, raft_service_server::RaftServiceServer},
     config::{Config, EXIT_CONFIG},
     daemon::{self, Shutdown},
+    disk::{self, Room, Watermark},
 };
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -40,10 +42,11 @@ use tonic::transport::{Endpoint, Server, server::TcpIncoming};
 use crate::{
     compaction::Compaction,
     convert::Envelope,
-    driver::{Driver, DriverError, DriverHandle, DriverParts, Progress, Timing},
+    driver::{Driver, DriverError, DriverHandle, DriverParts, Input, Progress, Shortages, Timing},
     log_service::{LocalLogParts, LocalLogService},
     peer::{Peer, PeerOptions},
     peer_service::PeerService,
+    room::{MembersRoom, Shortage},
     snapshots::Snapshots,
     store::{Store, StoreError, StoreOptions},
 };
@@ -117,7 +120,9 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
     let (durable_sender, durable) = mpsc::unbounded_channel();
     let writer = store.start_writer(Box::new(move |result| drop(durable_sender.send(result))))?;
     let snapshots = Snapshots::default();
-    let peers = start_peers(&config, envelope, &driver)?;
+    let (own_shortage, shortage) = watch::channel(None);
+    let (refusal, refused) = watch::channel(None);
+    let peers = start_peers(&config, envelope, &shortage, &driver)?;
     let parts = DriverParts {
         node,
         envelope,
@@ -130,14 +135,19 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
         progress,
         snapshots: snapshots.clone(),
         compaction: Compaction::new(config.raftd.log_tail_entries, config.raftd.log_tail_bytes),
+        room: MembersRoom::new(config.node_id, config.cluster.members.len()),
+        shortages: Shortages { own: own_shortage, refusal },
         handle: driver.clone(),
     };
+    let (room, room_seen) = watch::channel(Room::default());
     let local = LocalLogService::new(LocalLogParts {
         node_id: config.node_id,
         cluster_id,
         max_payload_bytes: max_payload_bytes(&config),
         driver: driver.clone(),
         progress: progress_receiver.clone(),
+        refused,
+        room: room_seen.clone(),
         reader,
         store: store.handle(),
         snapshots: snapshots.clone(),
@@ -146,6 +156,7 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
         shutdown: shutdown.clone(),
         attached: AtomicBool::new(false),
     });
+    let room_driver = driver.clone();
     let peer_service = PeerService {
         node_id: config.node_id,
         cluster_id,
@@ -161,9 +172,30 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
         result = serve(&config, listeners, local, peer_service) => result,
         never = daemon::feed_watchdog() => match never {},
         never = report_status(progress_receiver) => match never {},
+        never = keep_room(&config, room) => match never {},
+        never = tell_room(room_seen, room_driver) => match never {},
     };
     daemon::notify_stopping();
     result
+}
+
+/// Measures the room for the log, for ever.
+async fn keep_room(config: &Config, room: watch::Sender<Room>) -> Infallible {
+    let dir = &config.raftd.data_dir;
+    disk::keep_watch(Watermark::new(dir, config.min_free_bytes), store::ballast(dir), room).await
+}
+
+/// Tells the event loop of it.
+async fn tell_room(mut room: watch::Receiver<Room>, driver: DriverHandle) -> Infallible {
+    let mut told = None;
+    while room.changed().await.is_ok() {
+        let shortage: Shortage = room.borrow_and_update().shortage.as_deref().map(Into::into);
+        if shortage != told {
+            told = shortage.clone();
+            driver.send(Input::LogRoom(shortage)).await;
+        }
+    }
+    std::future::pending().await
 }
 
 fn core_options(config: &Config) -> Result<raft::Options, RunError> {
@@ -195,6 +227,7 @@ fn max_payload_bytes(config: &Config) -> usize {
 fn start_peers(
     config: &Config,
     envelope: Envelope,
+    shortage: &watch::Receiver<Shortage>,
     driver: &DriverHandle,
 ) -> Result<BTreeMap<u64, Peer>, RunError> {
     let patience = Duration::from_millis(config.cluster.election_timeout_ms);
@@ -202,7 +235,7 @@ fn start_peers(
     let start = |member: &resqlite::config::Member| {
         let endpoint = Endpoint::from_shared(format!("http://{}", member.raft))
             .map_err(|error| RunError::Address { id: member.id, reason: error.to_string() })?;
-        let options = PeerOptions { node_id: config.node_id, envelope, patience };
+        let options = PeerOptions { node_id: config.node_id, envelope, patience, shortage: shortage.clone() };
         Ok((member.id, Peer::start(member.id, endpoint, options, driver.clone())))
     };
     others.map(start).collect()

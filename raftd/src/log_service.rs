@@ -22,6 +22,7 @@ use resqlite::{
         TransferLeadershipResponse, WatchSnapshotsRequest, follow_request, log_service_server::LogService,
     },
     daemon::Shutdown,
+    disk::Room,
 };
 use tokio::{
     sync::{Semaphore, mpsc, oneshot, watch},
@@ -37,6 +38,7 @@ use crate::{
     convert::entry_to_wire,
     driver::{DriverHandle, Input, Progress},
     proposals::{Waiter, refused},
+    room::Shortage,
     snapshots::Snapshots,
     store::{LogReader, StoreHandle},
 };
@@ -71,6 +73,10 @@ pub struct LocalLogParts {
     pub driver: DriverHandle,
     /// How far the log is.
     pub progress: watch::Receiver<Progress>,
+    /// Why proposals are refused for want of room.
+    pub refused: watch::Receiver<Shortage>,
+    /// The room for the log.
+    pub room: watch::Receiver<Room>,
     /// Reads committed entries.
     pub reader: LogReader,
     /// Sizes, for the status.
@@ -309,13 +315,13 @@ impl LocalLogParts {
     async fn feed(&self, applied_index: Index, sender: mpsc::Sender<Result<FollowResponse, Status>>) {
         let mut sent = applied_index;
         let mut told = None;
-        let mut progress = self.progress.clone();
+        let (mut progress, mut refused) = (self.progress.clone(), self.refused.clone());
         loop {
-            let now = *progress.borrow_and_update();
-            if sent < now.deliverable_index || told != Some(now) {
+            let now = (*progress.borrow_and_update(), refused.borrow_and_update().clone());
+            if sent < now.0.deliverable_index || told.as_ref() != Some(&now) {
                 // Room first, then the read: what waits for a slow follower stays in the log.
                 let Ok(slot) = sender.reserve().await else { return };
-                let response = self.next_response(&mut sent, now);
+                let response = self.next_response(&mut sent, &now);
                 let failed = response.is_err();
                 slot.send(response);
                 if failed {
@@ -326,12 +332,17 @@ impl LocalLogParts {
             }
             tokio::select! {
                 changed = progress.changed() => if changed.is_err() { return },
+                changed = refused.changed() => if changed.is_err() { return },
                 () = sender.closed() => return,
             }
         }
     }
 
-    fn next_response(&self, sent: &mut Index, now: Progress) -> Result<FollowResponse, Status> {
+    fn next_response(
+        &self,
+        sent: &mut Index,
+        (now, refused): &(Progress, Shortage),
+    ) -> Result<FollowResponse, Status> {
         let mut entries = Vec::new();
         if *sent < now.deliverable_index {
             entries =
@@ -344,15 +355,26 @@ impl LocalLogParts {
             term: now.term,
             leader_id: now.leader.unwrap_or(0),
             cluster_id: self.cluster_id,
+            writes_refused: refused.as_deref().unwrap_or_default().to_owned(),
         })
     }
 
     /// Reads the follower's reports until it is gone. Only the state machine's count.
     async fn take_progress(&self, mut requests: Streaming<FollowRequest>, exclusive: bool) {
+        let mut shortage = String::new();
+        if exclusive {
+            // It says so itself if it still lacks what an earlier one lacked.
+            self.driver.send(Input::StateMachineRoom(None)).await;
+        }
         while let Ok(Some(request)) = requests.message().await {
             if let Some(follow_request::Request::Progress(progress)) = request.request
                 && exclusive
             {
+                if progress.shortage != shortage {
+                    shortage = progress.shortage;
+                    let shortage = (!shortage.is_empty()).then(|| shortage.as_str().into());
+                    self.driver.send(Input::StateMachineRoom(shortage)).await;
+                }
                 self.driver.send(Input::StateMachineDurable(progress.durable_index)).await;
                 self.driver.send(Input::MustNotLead(progress.must_not_lead)).await;
             }
@@ -416,6 +438,7 @@ impl LocalLogParts {
             log_bytes: self.store.log_bytes(),
             version: env!("CARGO_PKG_VERSION").into(),
             peers: peers.collect(),
+            free_bytes: self.room.borrow().free_bytes,
         })
     }
 }

@@ -10,7 +10,10 @@ use std::time::Duration;
 use raft::{Body, Message, NodeId};
 use resqlite::api::{PeerMessage, raft_service_client::RaftServiceClient};
 use tokio::{
-    sync::mpsc::{self, error::TrySendError},
+    sync::{
+        mpsc::{self, error::TrySendError},
+        watch,
+    },
     time::timeout,
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,6 +22,7 @@ use tonic::transport::{Channel, Endpoint};
 use crate::{
     convert::{self, Envelope},
     driver::{DriverHandle, Input},
+    room::Shortage,
     snapshots::Route,
 };
 
@@ -38,6 +42,8 @@ pub struct PeerOptions {
     pub envelope: Envelope,
     /// A peer that does not answer for so long is taken for unreachable.
     pub patience: Duration,
+    /// Why this node lacks room: what is sent says so, too.
+    pub shortage: watch::Receiver<Shortage>,
 }
 
 /// A handle on the task that talks to one peer.
@@ -174,7 +180,8 @@ impl Connector {
         loop {
             tokio::select! {
                 message = queue.recv() => {
-                    let wire = convert::to_wire(message?, self.options.envelope);
+                    let mut wire = convert::to_wire(message?, self.options.envelope);
+                    wire.shortage = self.options.shortage.borrow().as_deref().unwrap_or_default().to_owned();
                     if messages.send(wire).await.is_err() {
                         return Some(());
                     }

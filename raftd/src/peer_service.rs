@@ -134,15 +134,25 @@ impl RaftService for PeerService {
 impl PeerService {
     async fn receive(&self, mut stream: Streaming<PeerMessage>) -> Result<(), Status> {
         let mut speaker = None;
+        // Once for every stream: what an earlier one said may be over.
+        let mut shortage = None;
         let result = loop {
             match stream.message().await {
-                Ok(Some(message)) => match self.admit(message) {
-                    Ok(message) => {
-                        speaker = Some(message.from);
-                        self.driver.send(Input::Peer(message)).await;
+                Ok(Some(mut message)) => {
+                    let said = std::mem::take(&mut message.shortage);
+                    match self.admit(message) {
+                        Ok(message) => {
+                            speaker = Some(message.from);
+                            if shortage.as_ref() != Some(&said) {
+                                let told = (!said.is_empty()).then(|| said.as_str().into());
+                                self.driver.send(Input::PeerRoom(message.from, told)).await;
+                                shortage = Some(said);
+                            }
+                            self.driver.send(Input::Peer(message)).await;
+                        }
+                        Err(status) => break Err(status),
                     }
-                    Err(status) => break Err(status),
-                },
+                }
                 // A process that dies ends its streams at once: the sooner that is known, the sooner a new leader.
                 Ok(None) | Err(_) => break Ok(()),
             }

@@ -13,7 +13,6 @@
 //! What is opened is either whole or refused. The log must reach from its base to its mark, unbroken; anything less
 //! is damage, even if sled opened it without a word.
 
-mod ballast;
 pub mod block_file;
 mod cache;
 mod error;
@@ -35,9 +34,9 @@ use std::{
 };
 
 use raft::{HardState, NodeId, Position};
+use resqlite::disk::Ballast;
 
 use self::{
-    ballast::Ballast,
     block_file::BlockFile,
     cache::{SharedWindow, Window},
     hard_state::{HardStateFile, State, sync_dir},
@@ -57,6 +56,15 @@ pub use self::{
 
 /// How much of the log's end stays in memory.
 const TAIL_BYTES: usize = 16 << 20;
+
+/// Two of sled's segments: one to go on writing in, one for its snapshot and for what it zeroes.
+const BALLAST_BYTES: u64 = 16 << 20;
+
+/// What a data directory keeps in reserve for the day its filesystem is full. [`Store::open`] gives it back; somebody
+/// has to renew it.
+pub fn ballast(data_dir: &Path) -> Ballast {
+    Ballast::in_dir(data_dir, BALLAST_BYTES)
+}
 
 /// The incarnation of a directory that was made for a new member.
 const FIRST_INCARNATION: u64 = 1;
@@ -91,7 +99,6 @@ struct Place {
     /// For error messages.
     log_path: PathBuf,
     /// In a directory only.
-    ballast: Option<Ballast>,
     lock: Option<Arc<DirectoryLock>>,
     tail_bytes: usize,
 }
@@ -128,7 +135,7 @@ impl Store {
         let dir = &options.data_dir;
         make_dir(dir)?;
         let lock = Arc::new(DirectoryLock::acquire(dir)?);
-        let ballast = Ballast::in_dir(dir);
+        let ballast = ballast(dir);
         ballast.release_if_full().map_err(StoreError::io(dir, "give back the ballast"))?;
 
         let log_path = dir.join("log");
@@ -149,7 +156,7 @@ impl Store {
                 (found, log)
             }
         };
-        let place = Place { log_path, ballast: Some(ballast), lock: Some(lock), tail_bytes: TAIL_BYTES };
+        let place = Place { log_path, lock: Some(lock), tail_bytes: TAIL_BYTES };
         Self::recover(hard_state, log, place)
     }
 
@@ -164,12 +171,12 @@ impl Store {
             HardStateFile::open_in(hard_state, &path)?
         };
         check_identity(options, file.state().identity)?;
-        let place = Place { log_path: options.data_dir.join("log"), ballast: None, lock: None, tail_bytes };
+        let place = Place { log_path: options.data_dir.join("log"), lock: None, tail_bytes };
         Self::recover(file, log, place)
     }
 
     fn recover(mut file: HardStateFile, log: Arc<dyn LogStore>, place: Place) -> Result<Self, StoreError> {
-        let Place { log_path, ballast, lock, tail_bytes } = place;
+        let Place { log_path, lock, tail_bytes } = place;
         let mut state = file.state();
         let mut window = Window::new(state.base, tail_bytes);
         let records = if state.discard_log {
@@ -186,9 +193,6 @@ impl Store {
         state.mark = records.reach();
         state.discard_log = false;
         file.save(state)?;
-        if let Some(Err(error)) = ballast.as_ref().map(Ballast::renew) {
-            tracing::warn!(%error, "no room is kept in reserve for a full disk");
-        }
         let window = SharedWindow::new(window);
         let reader = LogReader::new(window.clone(), log.clone(), log_path.clone());
         let log_thread = LogThread {
@@ -198,7 +202,6 @@ impl Store {
             log: records,
             log_path: log_path.clone(),
             hard_state: file,
-            ballast,
             _lock: lock,
             unsynced_mark_bytes: 0,
         };

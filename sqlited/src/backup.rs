@@ -101,7 +101,7 @@ impl Backups {
     fn check_room(&self) -> Result<(), Status> {
         let of_disk = |error: io::Error| Status::internal(format!("cannot look at the disk: {error}"));
         let size_bytes = fs::metadata(&self.database).map_err(of_disk)?.len();
-        let free_bytes = crate::disk::free_bytes(&self.database).map_err(of_disk)?;
+        let free_bytes = resqlite::disk::free_bytes(&self.database).map_err(of_disk)?;
         let needed_bytes = size_bytes + SPARE_BYTES;
         if free_bytes < needed_bytes {
             return Err(Status::resource_exhausted(format!(

@@ -4,6 +4,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use resqlite::disk::Room;
 use tokio::{sync::watch, time::Instant};
 
 /// Shared knowledge. Cheap to clone.
@@ -11,6 +12,7 @@ use tokio::{sync::watch, time::Instant};
 pub struct Facts {
     applied: watch::Sender<u64>,
     health: watch::Sender<Health>,
+    room: watch::Sender<Room>,
     fresh_as_of: Arc<Mutex<Option<Instant>>>,
 }
 
@@ -38,6 +40,7 @@ impl Facts {
         Self {
             applied: watch::Sender::new(applied_index),
             health: watch::Sender::default(),
+            room: watch::Sender::new(Room::default()),
             fresh_as_of: Arc::default(),
         }
     }
@@ -117,6 +120,16 @@ impl Facts {
         // We hold a sender, so waiting cannot fail for want of one.
         let found = health.wait_for(|health| part(health).is_some()).await;
         found.ok().and_then(|health| part(&health).cloned()).unwrap_or_default()
+    }
+
+    /// Where the room on the database's filesystem is published.
+    pub fn room_publisher(&self) -> watch::Sender<Room> {
+        self.room.clone()
+    }
+
+    /// The room on the database's filesystem, and news of it.
+    pub fn room(&self) -> watch::Receiver<Room> {
+        self.room.subscribe()
     }
 
     /// Notes that a read now sees every write that was acknowledged before `moment`.

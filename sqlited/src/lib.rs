@@ -22,7 +22,6 @@ pub mod connection;
 pub mod consistency;
 pub mod deadline;
 pub mod determinism;
-pub mod disk;
 pub mod errors;
 mod execute;
 pub mod facts;
@@ -60,6 +59,7 @@ use resqlite::{
     api::{self, re_sqlite_server::ReSqliteServer},
     config::{Config, EXIT_CONFIG},
     daemon::{self, Shutdown},
+    disk::{self, Ballast, Watermark},
 };
 use tokio::{
     net::TcpListener,
@@ -92,6 +92,9 @@ use crate::{
 
 /// The database's file in the data directory.
 pub const DATABASE_FILE: &str = "resqlite.db";
+
+/// Kept in reserve for a start on a full filesystem: room for the index of the largest write-ahead log, and to go on.
+const BALLAST_BYTES: u64 = 4 << 20;
 
 /// A client that is silent for so long is asked whether it is still there …
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -154,6 +157,8 @@ impl RunError {
 /// runtime with timers; a current-thread one is the fastest.
 pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> Result<(), RunError> {
     let database = prepare_data_dir(&config.sqlited.data_dir)?;
+    let ballast = Ballast::in_dir(&config.sqlited.data_dir, BALLAST_BYTES);
+    give_back_if_full(&ballast, &config.sqlited.data_dir)?;
     let finished = snapshot::finish(&database);
     if finished
         .map_err(|error| RunError::Start(format!("cannot finish the install of a snapshot: {error}")))?
@@ -230,6 +235,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
         config.sqlited.snapshot_bytes_per_second,
     );
     let (reporter, health) = tonic_health::server::health_reporter();
+    let watermark = Watermark::new(&config.sqlited.data_dir, config.min_free_bytes);
 
     daemon::notify_ready();
     tracing::info!(
@@ -242,6 +248,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
         served = serve(&config, listener, service, health, shutdown.clone()) => served,
         () = limit_the_stop(&shutdown, &abort, &readers) => Ok(()),
         error = keeper.run(config.cluster_id(), pipeline.handle(), pipeline.progress(), exchange, facts.clone()) => Err(error.into()),
+        never = disk::keep_watch(watermark, ballast, facts.room_publisher()) => match never {},
         error = pipeline.deliver(&waiters, &facts) => Err(error.into()),
         never = transactions.expire() => match never {},
         never = upkeep.run() => match never {},
@@ -260,6 +267,17 @@ fn prepare_data_dir(path: &Path) -> Result<PathBuf, RunError> {
     let unusable = |reason| RunError::DataDir { path: path.display().to_string(), reason };
     fs::DirBuilder::new().recursive(true).mode(0o750).create(path).map_err(unusable)?;
     Ok(path.join(DATABASE_FILE))
+}
+
+/// On a full filesystem not even the database could be opened: its index of the write-ahead log is a new file.
+fn give_back_if_full(ballast: &Ballast, dir: &Path) -> Result<(), RunError> {
+    let released = ballast.release_if_full();
+    let released =
+        released.map_err(|reason| RunError::DataDir { path: dir.display().to_string(), reason })?;
+    if released {
+        tracing::warn!(dir = %dir.display(), "the filesystem is full: the room kept in reserve was given back");
+    }
+    Ok(())
 }
 
 fn open(database: &Path, config: &Config, verifications: Verifications) -> Result<Applier, RunError> {

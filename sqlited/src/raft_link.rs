@@ -45,6 +45,8 @@ pub struct LinkState {
     pub term: u64,
     /// The highest index that raftd has told us is committed.
     pub commit_index: u64,
+    /// Why raftd refuses proposals for want of room; empty while it takes them.
+    pub writes_refused: String,
 }
 
 impl LinkState {

@@ -26,6 +26,7 @@ fn differences(running: &Config, new: &Config) -> Vec<&'static str> {
     let (old, fresh) = (&running.sqlited, &new.sqlited);
     let changed = [
         ("node_id", running.node_id != new.node_id),
+        ("min_free_bytes", running.min_free_bytes != new.min_free_bytes),
         ("cluster.name", running.cluster.name != new.cluster.name),
         ("cluster.members", running.cluster.members != new.cluster.members),
         (

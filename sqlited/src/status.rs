@@ -60,6 +60,7 @@ impl StatusSource {
         let raftd = raftd.unwrap_or_default();
         let applied_index = self.facts.applied_index();
         let link = self.link.state();
+        let room = self.facts.room().borrow().clone();
         let commit_index = raftd.commit_index.max(link.borrow().commit_index);
         let node = NodeStatus {
             id: self.node_id,
@@ -77,6 +78,9 @@ impl StatusSource {
             sqlite_version: rusqlite::version().to_owned(),
             unhealthy: self.facts.health().unwrap_or_default(),
             alarm: self.facts.alarm().unwrap_or_default(),
+            database_free_bytes: room.free_bytes,
+            log_free_bytes: raftd.free_bytes,
+            writes_refused: room.shortage.unwrap_or_else(|| link.borrow().writes_refused.clone()),
         };
         StatusResponse { node: Some(node), members: self.members.clone() }
     }

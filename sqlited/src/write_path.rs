@@ -156,7 +156,16 @@ impl WritePath {
         if self.shutdown.is_triggered() {
             return Some(Interruption::Shutdown);
         }
-        self.facts.health().map(Interruption::Unhealthy)
+        if let Some(why) = self.facts.health() {
+            return Some(Interruption::Unhealthy(why));
+        }
+        self.want_of_room().map(Interruption::OutOfRoom)
+    }
+
+    /// Why there is no room for a new write, here or at the leader.
+    pub fn want_of_room(&self) -> Option<String> {
+        let own = self.facts.room().borrow().shortage.clone();
+        own.or_else(|| Some(self.link.state().borrow().writes_refused.clone()).filter(|why| !why.is_empty()))
     }
 
     fn encoded(&self, request: &LoggedRequest) -> Result<Bytes, Status> {
@@ -186,6 +195,7 @@ enum Interruption {
     Deadline,
     Shutdown,
     Unhealthy(String),
+    OutOfRoom(String),
 }
 
 impl Attempts<'_> {
@@ -251,6 +261,12 @@ impl Attempts<'_> {
                     "raftd refuses an entry of this size: split the request",
                 ));
             }
+            Outcome::OutOfRoom => {
+                let unnamed =
+                    || "the leader, or most members, lack room on their disks: see `resqlite status`".into();
+                let why = self.path.want_of_room().unwrap_or_else(unnamed);
+                return Err(self.given_up(Interruption::OutOfRoom(why), false));
+            }
             Outcome::NoLeader => self.leader().await?,
             Outcome::Overloaded | Outcome::Overwritten | Outcome::ShuttingDown => {
                 tokio::time::sleep(self.next_pause()).await;
@@ -304,6 +320,7 @@ impl Attempts<'_> {
             Interruption::Deadline => "the deadline passed".to_owned(),
             Interruption::Shutdown => "this node is shutting down".to_owned(),
             Interruption::Unhealthy(why) => format!("this node cannot execute: {why}"),
+            Interruption::OutOfRoom(why) => why.clone(),
         };
         if self.maybe_applied || under_way {
             return Status::deadline_exceeded(format!(
@@ -314,6 +331,7 @@ impl Attempts<'_> {
         match why {
             Interruption::Deadline => Status::deadline_exceeded(text),
             Interruption::Shutdown | Interruption::Unhealthy(_) => Status::unavailable(text),
+            Interruption::OutOfRoom(_) => Status::resource_exhausted(text),
         }
     }
 }

@@ -74,6 +74,17 @@ impl Node {
         }
     }
 
+    /// The refusal, once the node has heard that there is no room.
+    async fn refused_for_want_of_room(&self) -> Status {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.execute(write("create table if not exists t(a)")).await {
+                Err(status) if status.code() == Code::ResourceExhausted => return status,
+                other => assert!(Instant::now() < deadline, "refused in time: {other:?}"),
+            }
+        }
+    }
+
     /// Every event of a Run; an error comes last.
     async fn run_sql(&self, request: RunRequest) -> (Vec<Event>, Option<Status>) {
         let mut stream = match timeout(PATIENCE, self.client().run(request)).await.unwrap() {
@@ -534,4 +545,38 @@ async fn a_client_that_knows_nothing_learns_the_service_by_reflection() {
     let answer = ask(symbol).await;
     assert!(matches!(answer, MessageResponse::FileDescriptorResponse(_)), "{answer:?}");
     node.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn while_raftd_lacks_room_writes_are_refused_and_reads_go_on() {
+    let node = Node::start().await;
+    node.execute(write("create table t(a)")).await.unwrap();
+    node.raftd.set(|log| log.writes_refused = "the filesystem of /raft has 7 bytes free".into());
+    node.refused_for_want_of_room().await;
+    let before = node.raftd.payloads();
+    let refused = node.refused_for_want_of_room().await;
+    assert!(refused.message().contains("/raft has 7 bytes free"), "{refused}");
+    assert!(refused.message().contains("the write was not applied"), "{refused}");
+    assert_eq!(node.raftd.payloads(), before, "nothing was proposed");
+    assert_eq!(node.number("select count(*) from t").await.unwrap(), 0);
+    let status = node.client().status(StatusRequest {}).await.unwrap().into_inner().node.unwrap();
+    assert_eq!(
+        (status.unhealthy.as_str(), status.writes_refused.as_str()),
+        ("", "the filesystem of /raft has 7 bytes free")
+    );
+
+    node.raftd.set(|log| log.writes_refused.clear());
+    let deadline = Instant::now() + PATIENCE;
+    while node.execute(write("insert into t values(1)")).await.is_err() {
+        assert!(Instant::now() < deadline, "writes go on by themselves");
+    }
+}
+
+#[tokio::test]
+async fn a_leader_without_room_is_no_mystery_to_the_clients_of_other_nodes() {
+    let node = Node::start().await;
+    node.raftd.set(|log| log.fates.push_back(Fate::Refuse(ProposalRefusal::OutOfRoom)));
+    let refused = node.execute(write("create table t(a)")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.message().contains("lack room on their disks"), "{refused}");
 }

@@ -225,6 +225,9 @@ fn explain(number: u64, refusal: i32) -> Result<&'static str, Failure> {
         ProposalRefusal::ShuttingDown => Err(Failure::Refused { number, reason: "raftd is shutting down" }),
         ProposalRefusal::NoLeader => Ok("there is no leader"),
         ProposalRefusal::Overloaded => Ok("the leader is overloaded"),
+        ProposalRefusal::OutOfRoom => {
+            Err(Failure::Refused { number, reason: "the leader, or most members, lack room on their disks" })
+        }
         ProposalRefusal::Overwritten => Ok("another leader's entry took its place"),
     }
 }

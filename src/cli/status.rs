@@ -62,6 +62,8 @@ pub struct Node {
     lag_entries: Option<u64>,
     database_bytes: Option<u64>,
     log_bytes: Option<u64>,
+    database_free_bytes: Option<u64>,
+    log_free_bytes: Option<u64>,
     sqlited_version: Option<String>,
     raftd_version: Option<String>,
     sqlite_version: Option<String>,
@@ -72,6 +74,11 @@ pub struct Node {
 impl Node {
     fn answered(address: String, status: NodeStatus) -> Self {
         let known = |text: String| Some(text).filter(|text| !text.is_empty());
+        let raftd_known = !status.raftd_version.is_empty();
+        let no_room = |why: String| format!("takes no new writes: {why}");
+        let health = known(status.unhealthy)
+            .or_else(|| known(status.alarm))
+            .or_else(|| known(status.writes_refused).map(no_room));
         Self {
             id: Some(status.id),
             address,
@@ -85,10 +92,12 @@ impl Node {
             lag_entries: Some(status.lag_entries),
             database_bytes: Some(status.database_bytes),
             log_bytes: Some(status.log_bytes),
+            database_free_bytes: Some(status.database_free_bytes),
+            log_free_bytes: Some(status.log_free_bytes).filter(|_| raftd_known),
             sqlited_version: known(status.sqlited_version),
             raftd_version: known(status.raftd_version),
             sqlite_version: known(status.sqlite_version),
-            health: known(status.unhealthy).or_else(|| known(status.alarm)).unwrap_or_else(|| "ok".into()),
+            health: health.unwrap_or_else(|| "ok".into()),
         }
     }
 

@@ -187,6 +187,11 @@ impl Cluster {
         }
     }
 
+    /// Whether a daemon that was launched has ended by itself.
+    pub fn has_ended(&mut self, node: usize, daemon: Daemon) -> bool {
+        self.slot(node, daemon).as_mut().is_some_and(|child| child.try_wait().unwrap().is_some())
+    }
+
     /// `kill -9` of everything, as close together as one process can do it.
     pub fn kill_all(&mut self) {
         let mut children: Vec<Child> = self

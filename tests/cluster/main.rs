@@ -12,6 +12,8 @@ mod budget;
 mod consistency;
 mod durability;
 mod exactly_once;
+mod filesystem;
+mod full_disk;
 mod harness;
 mod large_results;
 mod logictest;

@@ -110,6 +110,9 @@ impl Node {
         if leader.transfer.is_some() {
             return Err(DropReason::Transferring);
         }
+        if self.out_of_room {
+            return Err(DropReason::OutOfRoom);
+        }
         if !leader.has_room(size_bytes(&payloads), &self.options) {
             return Err(DropReason::Overloaded);
         }

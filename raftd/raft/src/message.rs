@@ -152,6 +152,8 @@ pub enum DropReason {
     Overloaded,
     /// Leadership is being handed over.
     Transferring,
+    /// The leader's driver has said that there is no room: see [`Node::set_out_of_room`](crate::Node::set_out_of_room).
+    OutOfRoom,
 }
 
 /// What the leader did with a forwarded batch.

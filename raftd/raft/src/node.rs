@@ -37,6 +37,8 @@ pub struct Node {
     pub(crate) now_ms: u64,
     /// Its state machine cannot be trusted.
     pub(crate) must_not_lead: bool,
+    /// Whether the driver wants no new payloads in the log.
+    pub(crate) out_of_room: bool,
     /// Ticks since this node was made.
     pub(crate) ticks: u64,
     /// Ticks since a leader was heard, a vote was granted or a campaign began.
@@ -113,6 +115,7 @@ impl Node {
             commit_index,
             now_ms: 0,
             must_not_lead: false,
+            out_of_room: false,
             ticks: 0,
             election_elapsed: 0,
             election_timeout: 0,
@@ -126,6 +129,12 @@ impl Node {
     /// Tells the wall clock, for the timestamps of proposals. It may jump: timestamps in the log never go backward.
     pub fn set_clock(&mut self, now_ms: u64) {
         self.now_ms = now_ms;
+    }
+
+    /// Says whether there is no room for new payloads: as a leader this node then drops proposals. All that is under
+    /// way goes on, and so do elections: the no-op of a term needs hardly any room.
+    pub fn set_out_of_room(&mut self, out_of_room: bool) {
+        self.out_of_room = out_of_room;
     }
 
     /// A tick has passed.

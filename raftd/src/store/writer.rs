@@ -17,7 +17,6 @@ use std::{
 use raft::{Entry, HardState, Index, Install, Position};
 
 use super::{
-    ballast::Ballast,
     cache::{LogReader, ReadError, SharedWindow},
     error::StoreError,
     hard_state::HardStateFile,
@@ -298,8 +297,6 @@ pub(super) struct LogThread {
     /// Where the log lies, for error messages.
     pub(super) log_path: PathBuf,
     pub(super) hard_state: HardStateFile,
-    /// Where there is one.
-    pub(super) ballast: Option<Ballast>,
     /// Kept as long as anything may be written.
     pub(super) _lock: Option<Arc<DirectoryLock>>,
     /// How much the mark was raised since it was last synced.
@@ -333,7 +330,7 @@ impl LogThread {
             }
             Next::Idle if self.log.is_discarding() => self.discard_some()?,
             Next::Idle => {
-                self.use_the_quiet()?;
+                self.sync_mark()?;
                 return Ok(Turn::Idle);
             }
             Next::Closed => {
@@ -429,13 +426,5 @@ impl LogThread {
     /// One batch at a time, so that no write waits long behind a large compaction.
     fn discard_some(&mut self) -> Result<(), StoreError> {
         self.log.discard_some().map(drop).map_err(StoreError::log(&self.log_path, "remove compacted entries"))
-    }
-
-    fn use_the_quiet(&mut self) -> Result<(), StoreError> {
-        if let Some(Err(error)) = self.ballast.as_ref().map(Ballast::renew) {
-            // It is a convenience for a later start, not part of any promise.
-            tracing::debug!(%error, "the ballast cannot be renewed");
-        }
-        self.sync_mark()
     }
 }

@@ -31,7 +31,7 @@ pub(super) async fn follow(
     facts: &Facts,
     state: &watch::Sender<LinkState>,
 ) -> SessionEnd {
-    let mut health = facts.watch_health();
+    let (mut health, mut room) = (facts.watch_health(), facts.room());
     // Behind everything that an earlier life of the link has queued.
     let Some(position) = pipeline.position().await else {
         // The pipeline only ends when the daemon does.
@@ -48,7 +48,7 @@ pub(super) async fn follow(
     let attach = FollowRequest { request: Some(follow_request::Request::Attach(attach)) };
     let (requests, mut entries) = loop {
         let (requests, outgoing) = mpsc::channel(1);
-        if requests.send(attach).await.is_err() {
+        if requests.send(attach.clone()).await.is_err() {
             return closed_by_raftd();
         }
         match client.follow(ReceiverStream::new(outgoing)).await {
@@ -67,6 +67,7 @@ pub(super) async fn follow(
             tokio::select! {
                 changed = progress.changed() => changed.ok()?,
                 changed = health.changed() => changed.ok()?,
+                changed = room.changed() => changed.ok()?,
             }
             Some(permit)
         };
@@ -74,7 +75,8 @@ pub(super) async fn follow(
             permit = news => {
                 let Some(permit) = permit else { return closed_by_raftd() };
                 let must_not_lead = health.borrow_and_update().diverged.is_some();
-                permit.send(report(*progress.borrow_and_update(), must_not_lead));
+                let shortage = room.borrow_and_update().shortage.clone();
+                permit.send(report(*progress.borrow_and_update(), must_not_lead, shortage));
             }
             message = entries.message() => {
                 let response = match message {
@@ -136,6 +138,7 @@ fn learn(state: &watch::Sender<LinkState>, response: &FollowResponse) {
             leader_id: response.leader_id,
             term: response.term,
             commit_index: response.commit_index.max(last).max(state.commit_index),
+            writes_refused: response.writes_refused.clone(),
         };
         let changed = *state != new;
         *state = new;
@@ -143,9 +146,10 @@ fn learn(state: &watch::Sender<LinkState>, response: &FollowResponse) {
     });
 }
 
-fn report(progress: Progress, must_not_lead: bool) -> FollowRequest {
+fn report(progress: Progress, must_not_lead: bool, shortage: Option<String>) -> FollowRequest {
     let Progress { applied_index, durable_index } = progress;
-    let progress = FollowProgress { applied_index, durable_index, must_not_lead };
+    let shortage = shortage.unwrap_or_default();
+    let progress = FollowProgress { applied_index, durable_index, must_not_lead, shortage };
     FollowRequest { request: Some(follow_request::Request::Progress(progress)) }
 }
 

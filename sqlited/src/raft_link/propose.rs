@@ -24,6 +24,8 @@ pub enum Outcome {
     Overloaded,
     /// Certainly not committed, and never will be.
     TooLarge,
+    /// Certainly not committed: the leader, or most members, lack room on their disks.
+    OutOfRoom,
     /// Certainly not committed: raftd stops.
     ShuttingDown,
     /// Certainly not committed: another leader's entry stands in its place.
@@ -108,6 +110,7 @@ fn meaning(outcome: &api::ProposalOutcome) -> Outcome {
             Ok(ProposalRefusal::NoLeader) => Outcome::NoLeader,
             Ok(ProposalRefusal::Overloaded) => Outcome::Overloaded,
             Ok(ProposalRefusal::TooLarge) => Outcome::TooLarge,
+            Ok(ProposalRefusal::OutOfRoom) => Outcome::OutOfRoom,
             Ok(ProposalRefusal::ShuttingDown) => Outcome::ShuttingDown,
             Ok(ProposalRefusal::Overwritten) => Outcome::Overwritten,
             // A newer raftd's reason: nothing may be concluded from it.

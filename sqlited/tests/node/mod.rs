@@ -78,6 +78,8 @@ pub struct Log {
     pub cluster_id: u64,
     /// What sqlited said last.
     pub must_not_lead: bool,
+    /// Why proposals are refused for want of room, as raftd says it.
+    pub writes_refused: String,
 }
 
 /// The in-memory raftd.
@@ -99,6 +101,7 @@ impl FakeRaftd {
             answer_barriers: true,
             cluster_id,
             must_not_lead: false,
+            writes_refused: String::new(),
         };
         let fake = Self { log: Arc::new(Mutex::new(log)), changed: watch::Sender::new(()) };
         fake.append(LogEntryKind::Noop, Bytes::new());
@@ -268,6 +271,7 @@ impl LogService for FakeRaftd {
                         term: 1,
                         leader_id: if log.leader { log.leader_id } else { 0 },
                         cluster_id: log.cluster_id,
+                        writes_refused: log.writes_refused.clone(),
                     }
                 };
                 sent += response.entries.len();

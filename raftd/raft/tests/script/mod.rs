@@ -8,6 +8,7 @@
 //! | `timeout 1` | lets time pass until the node campaigns |
 //! | `elect 1` | `timeout`, then `stabilize`; the node must lead |
 //! | `propose 1 id payload…`, `read 1 id…` | asks something of a node |
+//! | `room 1 none`, `room 1 again` | tells a node whether there is room for payloads |
 //! | `deliver [from=1] [to=2] [n=1]`, `drop …`, `repeat …` | hands over, loses or copies messages under way, oldest first |
 //! | `sync 1 [n]` | makes the node's oldest writes durable |
 //! | `stabilize` | syncs and delivers until nothing is under way |
@@ -76,6 +77,10 @@ impl goldenscript::Runner for Script {
                 let (id, batch_id) = (args.id()?, args.next()?);
                 let payloads = args.rest().into_iter().map(Bytes::from).collect();
                 self.try_with(id, |node| Ok(node.propose(batch_id, payloads)?))?;
+            }
+            "room" => {
+                let (id, word) = (args.id()?, args.next::<String>()?);
+                self.with(id, |node| node.set_out_of_room(word == "none"))?;
             }
             "read" => {
                 let (id, reads) = (args.id()?, args.rest());

@@ -1,0 +1,73 @@
+//! Small filesystems of their own for a node's data, to be filled up.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::Write,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use resqlite::disk::free_bytes;
+
+/// An ext4 image on a loop device, mounted until this goes.
+pub struct SmallFilesystem {
+    image: PathBuf,
+    at: PathBuf,
+}
+
+impl SmallFilesystem {
+    /// Makes and mounts one. None, said aloud, where mounting is not allowed: that takes root and loop devices.
+    pub fn mount(image: PathBuf, at: PathBuf, bytes: u64) -> Option<Self> {
+        File::create(&image).unwrap().set_len(bytes).unwrap();
+        fs::create_dir_all(&at).unwrap();
+        // No blocks kept for root, who may run this test, and must meet the end of the filesystem as others do.
+        let made = Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&image).status();
+        let mounted = made.is_ok_and(|made| made.success())
+            && Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&at).status().unwrap().success();
+        if !mounted {
+            eprintln!("SKIPPED: no filesystem could be mounted at {}; this test needs root", at.display());
+            return None;
+        }
+        Some(Self { image, at })
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        &self.at
+    }
+
+    /// What is free.
+    pub fn free_bytes(&self) -> u64 {
+        free_bytes(&self.at).unwrap()
+    }
+
+    /// Takes so much room, in a file of that name.
+    pub fn take(&self, name: &str, bytes: u64) {
+        let mut file = OpenOptions::new().create(true).append(true).open(self.at.join(name)).unwrap();
+        for _ in 0..bytes >> 16 {
+            file.write_all(&[0; 1 << 16]).unwrap();
+        }
+        file.sync_all().unwrap();
+    }
+
+    /// Takes all the room that is left, to the last block.
+    pub fn take_everything(&self, name: &str) {
+        let mut file = OpenOptions::new().create(true).append(true).open(self.at.join(name)).unwrap();
+        for size in [1 << 20, 4_096, 1_024, 1] {
+            while file.write_all(&vec![0; size]).is_ok() {}
+        }
+    }
+
+    /// Gives room back.
+    pub fn give_back(&self, name: &str) {
+        fs::remove_file(self.at.join(name)).unwrap();
+    }
+}
+
+impl Drop for SmallFilesystem {
+    fn drop(&mut self) {
+        // Lazily: a process that is only just ending may still hold a file.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.at).status();
+        let _ = fs::remove_file(&self.image);
+    }
+}
