@@ -1,43 +1,16 @@
 //! How failures become gRPC statuses.
 //!
-//! An SQL error carries its `SqlError` in `grpc-status-details-bin`, in the
-//! form that every gRPC library knows: a `google.rpc.Status` whose details
-//! hold the message. It knows nothing of how the errors came about.
+//! It knows nothing of how the errors came about.
 
-use bytes::Bytes;
-use prost::Message;
-use resqlite::api::{ReplyClass, SqlError, StoredReply};
+use resqlite::{
+    api::{ReplyClass, SqlError, StoredReply},
+    status_details,
+};
 use tonic::{Code, Status};
-
-/// The type URL of an [`SqlError`] in the status details.
-pub const SQL_ERROR_TYPE_URL: &str = "type.googleapis.com/resqlite.v1.SqlError";
-
-/// `google.rpc.Status`, as far as it is needed here.
-#[derive(Clone, PartialEq, Message)]
-struct RpcStatus {
-    #[prost(int32, tag = "1")]
-    code: i32,
-    #[prost(string, tag = "2")]
-    message: String,
-    #[prost(message, repeated, tag = "3")]
-    details: Vec<Any>,
-}
-
-/// `google.protobuf.Any`.
-#[derive(Clone, PartialEq, Message)]
-struct Any {
-    #[prost(string, tag = "1")]
-    type_url: String,
-    #[prost(bytes = "bytes", tag = "2")]
-    value: Bytes,
-}
 
 /// The status for an SQL error.
 pub fn sql_status(code: Code, error: &SqlError) -> Status {
-    let any = Any { type_url: SQL_ERROR_TYPE_URL.to_owned(), value: error.encode_to_vec().into() };
-    let message = status_message(&error.message);
-    let details = RpcStatus { code: code.into(), message: message.clone(), details: vec![any] };
-    Status::with_details(code, message, details.encode_to_vec().into())
+    status_details::with_sql_error(code, status_message(&error.message), error)
 }
 
 /// Statuses travel in HTTP headers, which hyper bounds: a message that quotes a
@@ -110,17 +83,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_sql_error_travels_in_the_status_details() {
-        let error = own_sql_error("no such table: t", 3);
-        let status = sql_status(Code::FailedPrecondition, &error);
-        assert_eq!(status.message(), "no such table: t");
-        let details = RpcStatus::decode(status.details()).unwrap();
-        assert_eq!(details.code, 9);
-        assert_eq!(details.details[0].type_url, SQL_ERROR_TYPE_URL);
-        assert_eq!(SqlError::decode(details.details[0].value.clone()).unwrap(), error);
-    }
-
-    #[test]
     fn a_statements_number_is_counted_in_the_whole_request() {
         let reply = StoredReply {
             error: Some(own_sql_error("x", 2)),
@@ -129,8 +91,7 @@ mod tests {
             ..StoredReply::default()
         };
         let status = reply_status(&reply, |proposed| proposed + 10).unwrap();
-        let details = RpcStatus::decode(status.details()).unwrap();
-        let error = SqlError::decode(details.details[0].value.clone()).unwrap();
+        let error = status_details::sql_error(&status).unwrap();
         assert_eq!((error.statement, error.log_index), (12, 9));
     }
 

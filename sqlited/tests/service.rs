@@ -325,18 +325,7 @@ async fn a_script_stops_at_its_first_error_and_names_the_statement() {
 
 /// The number of the statement in the status details.
 fn statement_of(status: &Status) -> u32 {
-    #[derive(Clone, PartialEq, Message)]
-    struct RpcStatus {
-        #[prost(message, repeated, tag = "3")]
-        details: Vec<Any>,
-    }
-    #[derive(Clone, PartialEq, Message)]
-    struct Any {
-        #[prost(bytes = "bytes", tag = "2")]
-        value: Bytes,
-    }
-    let details = RpcStatus::decode(status.details()).unwrap();
-    resqlite::api::SqlError::decode(details.details[0].value.clone()).unwrap().statement
+    resqlite::status_details::sql_error(status).unwrap().statement
 }
 
 #[tokio::test]

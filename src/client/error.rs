@@ -4,11 +4,9 @@
 
 use std::{error::Error as _, iter};
 
-use bytes::Bytes;
-use prost::Message;
 use tonic::{Code, Status};
 
-use crate::api::SqlError;
+use crate::{api::SqlError, status_details::sql_error};
 
 /// Why a call did not succeed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -125,42 +123,4 @@ impl From<Status> for Error {
             _ => Self::Internal(message),
         }
     }
-}
-
-/// `google.rpc.Status`, the form of a gRPC status that can carry details.
-#[derive(Clone, PartialEq, Message)]
-struct RpcStatus {
-    #[prost(int32, tag = "1")]
-    code: i32,
-    #[prost(string, tag = "2")]
-    message: String,
-    #[prost(message, repeated, tag = "3")]
-    details: Vec<Any>,
-}
-
-/// `google.protobuf.Any`.
-#[derive(Clone, PartialEq, Message)]
-struct Any {
-    #[prost(string, tag = "1")]
-    type_url: String,
-    #[prost(bytes = "bytes", tag = "2")]
-    value: Bytes,
-}
-
-/// The type URL under which a [`SqlError`] travels.
-const SQL_ERROR_TYPE_URL: &str = "type.googleapis.com/resqlite.v1.SqlError";
-
-/// A status that carries a [`SqlError`], as servers make it.
-#[cfg(test)]
-pub(crate) fn sql_status(code: Code, sql: &SqlError) -> Status {
-    let any = Any { type_url: SQL_ERROR_TYPE_URL.into(), value: sql.encode_to_vec().into() };
-    let details = RpcStatus { code: code.into(), message: sql.message.clone(), details: vec![any] };
-    Status::with_details(code, sql.message.clone(), details.encode_to_vec().into())
-}
-
-/// The [`SqlError`] among a status's details.
-fn sql_error(status: &Status) -> Option<SqlError> {
-    let details = RpcStatus::decode(status.details()).ok()?.details;
-    let any = details.into_iter().find(|any| any.type_url == SQL_ERROR_TYPE_URL)?;
-    SqlError::decode(any.value).ok()
 }

@@ -11,7 +11,7 @@ use tokio::{net::TcpListener, sync::mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Code, Response};
 
-use super::{error::sql_status, *};
+use super::*;
 use crate::api::{
     BackupFormat, BackupHeader, BackupRequest, BackupResponse, BackupTrailer, BeginRequest, BeginResponse,
     ContentHashRequest, ContentHashResponse, NodeStatus, QueryResponse, RequestId, RollbackRequest,
@@ -20,6 +20,7 @@ use crate::api::{
     re_sqlite_server::{ReSqlite, ReSqliteServer},
     run_event,
 };
+use crate::status_details::with_sql_error;
 
 type Answers<T> = Mutex<VecDeque<Result<T, Status>>>;
 
@@ -234,7 +235,10 @@ async fn an_sql_error_comes_with_its_details_and_is_final() {
         Code::ResourceExhausted,
         Code::DeadlineExceeded,
     ];
-    told.execute_answers.lock().unwrap().extend(codes.map(|code| Err(sql_status(code, &sql))));
+    told.execute_answers
+        .lock()
+        .unwrap()
+        .extend(codes.map(|code| Err(with_sql_error(code, sql.message.clone(), &sql))));
     let mut errors = Vec::new();
     for _ in codes {
         errors.push(client.execute("insert into t values(1)", ()).await.unwrap_err());

@@ -21,8 +21,8 @@ use crate::{
         value::Kind,
     },
     cli::render::Mode,
-    client::error::sql_status,
     sql_text,
+    status_details::with_sql_error,
 };
 
 /// Executes one statement after the other, on one connection.
@@ -102,7 +102,7 @@ fn run(
             run_one(connection, statement.text, number, events).map_err(|error| {
                 let message = error.to_string();
                 let sql = SqlError { message, statement: number, offset: -1, ..SqlError::default() };
-                sql_status(Code::InvalidArgument, &sql)
+                with_sql_error(Code::InvalidArgument, sql.message.clone(), &sql)
             })?;
         }
         let done = RunDone { statement: number, log_index: 2, foreign_keys, ..RunDone::default() };
