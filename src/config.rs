@@ -6,7 +6,7 @@
 
 use std::{
     collections::BTreeSet,
-    fmt, fs,
+    fmt, fs, iter,
     net::SocketAddr,
     path::{Path, PathBuf},
     str::FromStr,
@@ -88,6 +88,8 @@ pub struct Raftd {
     pub log_tail_entries: u64,
     /// How many bytes of such entries it keeps at most.
     pub log_tail_bytes: u64,
+    /// Where it answers `/metrics`, `/livez` and `/readyz`; `null`: nowhere.
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 /// The SQL daemon.
@@ -110,6 +112,8 @@ pub struct Sqlited {
     pub snapshot_bytes_per_second: u64,
     /// How often the nodes compare their contents; 0 is never.
     pub verify_interval_seconds: u64,
+    /// Where it answers `/metrics`, `/livez` and `/readyz`; `null`: nowhere.
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 /// Enough for what may be under way when the limit is reached, several times over.
@@ -137,6 +141,7 @@ impl Default for Raftd {
             cache_bytes: 64 << 20,
             log_tail_entries: 100_000,
             log_tail_bytes: 64 << 20,
+            metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 50053))),
         }
     }
 }
@@ -153,6 +158,7 @@ impl Default for Sqlited {
             step_budget: 50_000_000,
             snapshot_bytes_per_second: 64 << 20,
             verify_interval_seconds: 3_600,
+            metrics_listen: Some(SocketAddr::from(([127, 0, 0, 1], 50052))),
         }
     }
 }
@@ -295,7 +301,27 @@ impl Config {
         if self.cluster.name.is_empty() {
             return Err(("name", 0, "the cluster's name must not be empty".into()));
         }
+        self.check_listeners()?;
         self.check_numbers()
+    }
+
+    /// Two listeners on one address: the one that comes second would fail, and say so less clearly.
+    fn check_listeners(&self) -> Result<(), (&'static str, usize, String)> {
+        let (raftd, sqlited) = (&self.raftd, &self.sqlited);
+        let metrics = [raftd.metrics_listen, sqlited.metrics_listen].into_iter().flatten();
+        let mut taken = BTreeSet::from([raftd.listen]);
+        for (key, address) in
+            iter::once(("listen", sqlited.listen)).chain(metrics.map(|address| ("metrics_listen", address)))
+        {
+            if !taken.insert(address) {
+                return Err((
+                    key,
+                    0,
+                    format!("another listener of this host has the address {address}, too"),
+                ));
+            }
+        }
+        Ok(())
     }
 
     fn check_numbers(&self) -> Result<(), (&'static str, usize, String)> {
@@ -442,6 +468,28 @@ cluster:
         assert_eq!(
             error_of("node_id: 1\nsqlited:\n  readers: 0\n"),
             "f.yaml:3: readers: 0 is not between 1 and 256"
+        );
+    }
+
+    #[test]
+    fn metrics_are_served_on_loopback_unless_another_address_or_none_is_given() {
+        let config = Config::parse("node_id: 1", "f").unwrap();
+        assert_eq!(config.sqlited.metrics_listen.unwrap().to_string(), "127.0.0.1:50052");
+        assert_eq!(config.raftd.metrics_listen.unwrap().to_string(), "127.0.0.1:50053");
+        let config = Config::parse("node_id: 1\nraftd:\n  metrics_listen: null\n", "f").unwrap();
+        assert_eq!(config.raftd.metrics_listen, None);
+        assert!(error_of("node_id: 1\nraftd:\n  metrics_listen: 50053\n").starts_with("f.yaml:3: "));
+    }
+
+    #[test]
+    fn an_address_given_to_two_listeners_is_refused() {
+        assert_eq!(
+            error_of("node_id: 1\nsqlited:\n  metrics_listen: 127.0.0.1:50053\n"),
+            "f.yaml:3: metrics_listen: another listener of this host has the address 127.0.0.1:50053, too"
+        );
+        assert_eq!(
+            error_of("node_id: 1\nraftd:\n  metrics_listen: 127.0.0.1:50051\n"),
+            "f.yaml:3: metrics_listen: another listener of this host has the address 127.0.0.1:50051, too"
         );
     }
 

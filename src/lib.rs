@@ -8,6 +8,7 @@
 //! - [`daemon`]: what makes a process a good daemon (logs, signals, sd-notify),
 //! - [`disk`]: room on the filesystem of a daemon's data,
 //! - [`status_details`]: how an SQL error travels in a gRPC status,
+//! - [`monitoring`]: metrics and health of a daemon, over HTTP,
 //! - [`sql_text`]: where one SQL statement ends and the next begins,
 //! - [`client`]: the asynchronous client library.
 //!
@@ -20,6 +21,7 @@ pub mod codec;
 pub mod config;
 pub mod daemon;
 pub mod disk;
+pub mod monitoring;
 pub mod sql_text;
 pub mod status_details;
 

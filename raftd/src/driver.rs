@@ -33,6 +33,7 @@ use tokio::{
 use crate::{
     compaction::Compaction,
     convert::{self, Envelope},
+    metrics::Metrics,
     peer::Peer,
     proposals::{Proposals, ReplySender, Waiter, refused},
     room::{MembersRoom, Shortage},
@@ -103,6 +104,11 @@ impl DriverHandle {
     pub fn new() -> (Self, mpsc::Receiver<Input>) {
         let (inputs, receiver) = mpsc::channel(QUEUE_INPUTS);
         (Self { inputs }, receiver)
+    }
+
+    /// How many inputs wait for the loop.
+    pub fn inputs_waiting(&self) -> usize {
+        self.inputs.max_capacity() - self.inputs.capacity()
     }
 
     /// Waits for room and sends. A loop that has ended takes nothing more.
@@ -186,6 +192,7 @@ pub struct Driver {
     /// When this node last tried to leave the lead to one with room.
     handed_over_at: Option<Instant>,
     handle: DriverHandle,
+    metrics: Metrics,
     proposals: Proposals,
     gathered: Gathered,
     soft_state: SoftState,
@@ -245,13 +252,16 @@ pub struct DriverParts {
     pub shortages: Shortages,
     /// For the tasks that the loop starts.
     pub handle: DriverHandle,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 impl Driver {
     /// Puts the parts together.
     pub fn new(parts: DriverParts) -> Self {
         let DriverParts { node, envelope, timing, inputs, durable, writer, reader, .. } = parts;
-        let DriverParts { peers, progress, snapshots, compaction, room, shortages, handle, .. } = parts;
+        let DriverParts { peers, progress, snapshots, compaction, room, shortages, handle, metrics, .. } =
+            parts;
         let soft_state = SoftState { role: node.role(), term: node.status().term, leader: node.leader() };
         Self {
             node,
@@ -269,7 +279,8 @@ impl Driver {
             shortages,
             handed_over_at: None,
             handle,
-            proposals: Proposals::default(),
+            proposals: Proposals::new(metrics.commit.clone()),
+            metrics,
             gathered: Gathered::default(),
             soft_state,
             snapshot_retries: BTreeMap::new(),
@@ -393,6 +404,7 @@ impl Driver {
             Err(source) if source.is_fatal() => Err(DriverError::Fatal { peer: from, source }),
             Err(error) => {
                 tracing::warn!(peer = from, %error, "a message was refused");
+                self.metrics.error("message_refused");
                 Ok(())
             }
         }
@@ -400,6 +412,9 @@ impl Driver {
 
     fn propose_gathered(&mut self) {
         let Gathered { waiters, payloads } = std::mem::take(&mut self.gathered);
+        if !payloads.is_empty() {
+            self.metrics.proposal_batch.observe(payloads.len() as f64);
+        }
         let batch_id = self.proposals.register(waiters);
         match self.node.propose(batch_id, payloads) {
             Ok(()) => {}
@@ -444,6 +459,7 @@ impl Driver {
         if let Some(soft_state) = ready.soft_state {
             let SoftState { role, term, leader } = soft_state;
             tracing::info!(?role, term, leader, "role");
+            self.metrics.role_changed(self.soft_state, soft_state);
             self.soft_state = soft_state;
             self.weigh_room();
         }
@@ -489,10 +505,13 @@ impl Driver {
         match result {
             Ok(index) => {
                 tracing::info!(peer, index, "the peer has become the snapshot");
+                self.metrics.snapshots.with_label_values(&["sent", "ok"]).inc();
                 self.snapshot_retries.remove(&peer);
                 self.compaction.hold_after_snapshot(peer, index, Instant::now().into_std());
             }
             Err(SnapshotFailed) => {
+                self.metrics.snapshots.with_label_values(&["sent", "failed"]).inc();
+                self.metrics.error("snapshot_failed");
                 let retry = self.snapshot_retries.entry(peer).or_insert(MIN_SNAPSHOT_RETRY);
                 *retry = (*retry * 2).min(MAX_SNAPSHOT_RETRY);
                 self.compaction.release(peer);

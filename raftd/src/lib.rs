@@ -17,6 +17,7 @@ pub mod compaction;
 pub mod convert;
 pub mod driver;
 pub mod log_service;
+pub mod metrics;
 pub mod peer;
 pub mod peer_service;
 pub mod proposals;
@@ -31,6 +32,7 @@ use resqlite::{
     config::{Config, EXIT_CONFIG},
     daemon::{self, Shutdown},
     disk::{self, Room, Watermark},
+    monitoring::{self, Busy},
 };
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -44,6 +46,7 @@ use crate::{
     convert::Envelope,
     driver::{Driver, DriverError, DriverHandle, DriverParts, Input, Progress, Shortages, Timing},
     log_service::{LocalLogParts, LocalLogService},
+    metrics::{Metrics, Watched},
     peer::{Peer, PeerOptions},
     peer_service::PeerService,
     room::{MembersRoom, Shortage},
@@ -61,6 +64,8 @@ pub struct Listeners {
     pub raft: TcpListener,
     /// For the state machine beside it.
     pub local: UnixListener,
+    /// For those who watch, where somebody may.
+    pub metrics: Option<TcpListener>,
 }
 
 /// Why raftd ended.
@@ -103,14 +108,18 @@ impl RunError {
 }
 
 /// Runs the daemon until `shutdown`, or until it must not go on.
-pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Result<(), RunError> {
+pub async fn run(config: Config, mut listeners: Listeners, shutdown: Shutdown) -> Result<(), RunError> {
     let cluster_id = config.cluster_id();
-    let mut store = Store::open(StoreOptions {
+    let metrics = Metrics::new();
+    let options = StoreOptions {
         data_dir: config.raftd.data_dir.clone(),
         cache_bytes: config.raftd.cache_bytes,
         cluster_id,
         node_id: config.node_id,
-    })?;
+    };
+    let mut store = Store::open_measured(options, metrics.fsync.clone())?;
+    let writing = Busy::default();
+    store.count_writes(metrics.of_writer(&writing));
     let reader = store.reader();
     let node = raft::Node::new(core_options(&config)?, store.hard_state(), Box::new(reader.clone()))?;
     let envelope = Envelope { cluster_id, incarnation: store.incarnation() };
@@ -119,7 +128,7 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
     let (progress, progress_receiver) = watch::channel(Progress::default());
     let (durable_sender, durable) = mpsc::unbounded_channel();
     let writer = store.start_writer(Box::new(move |result| drop(durable_sender.send(result))))?;
-    let snapshots = Snapshots::default();
+    let snapshots = Snapshots::new(&metrics);
     let (own_shortage, shortage) = watch::channel(None);
     let (refusal, refused) = watch::channel(None);
     let peers = start_peers(&config, envelope, &shortage, &driver)?;
@@ -138,8 +147,18 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
         room: MembersRoom::new(config.node_id, config.cluster.members.len()),
         shortages: Shortages { own: own_shortage, refusal },
         handle: driver.clone(),
+        metrics: metrics.clone(),
     };
     let (room, room_seen) = watch::channel(Room::default());
+    let watched = Watched::new(
+        metrics.clone(),
+        driver.clone(),
+        reader.clone(),
+        store.handle(),
+        writing,
+        room_seen.clone(),
+    );
+    let watchers = listeners.metrics.take();
     let local = LocalLogService::new(LocalLogParts {
         node_id: config.node_id,
         cluster_id,
@@ -155,6 +174,7 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
         transfer_patience: Duration::from_millis(2 * config.cluster.election_timeout_ms),
         shutdown: shutdown.clone(),
         attached: AtomicBool::new(false),
+        metrics: metrics.clone(),
     });
     let room_driver = driver.clone();
     let peer_service = PeerService {
@@ -163,6 +183,7 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
         driver,
         progress: progress_receiver.clone(),
         snapshots,
+        metrics,
     };
 
     daemon::notify_ready();
@@ -171,6 +192,7 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
         result = Driver::new(parts).run(shutdown.clone()) => result.map_err(RunError::from),
         result = serve(&config, listeners, local, peer_service) => result,
         never = daemon::feed_watchdog() => match never {},
+        never = monitoring::serve(watchers, watched) => match never {},
         never = report_status(progress_receiver) => match never {},
         never = keep_room(&config, room) => match never {},
         never = tell_room(room_seen, room_driver) => match never {},

@@ -37,6 +37,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     convert::entry_to_wire,
     driver::{DriverHandle, Input, Progress},
+    metrics::Metrics,
     proposals::{Waiter, refused},
     room::Shortage,
     snapshots::Snapshots,
@@ -89,6 +90,8 @@ pub struct LocalLogParts {
     pub shutdown: Shutdown,
     /// Whether a state machine is attached.
     pub attached: AtomicBool,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 type ResponseStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -117,7 +120,9 @@ impl LogService for LocalLogService {
         let parts = self.parts.clone();
         let permits = outstanding.clone();
         tokio::spawn(async move { parts.take_proposals(request.into_inner(), replies, permits).await });
+        let metrics = self.parts.metrics.clone();
         let answers = UnboundedReceiverStream::new(answers).map(move |response: ProposeResponse| {
+            metrics.answered(&response.outcomes);
             outstanding.add_permits(response.outcomes.len());
             Ok(response)
         });
@@ -215,12 +220,14 @@ impl Attachment {
         if parts.attached.swap(true, Ordering::AcqRel) {
             return Err(Status::already_exists("another sqlited is attached to this raftd"));
         }
+        parts.metrics.attached.set(1);
         Ok(Self { parts: parts.clone() })
     }
 }
 
 impl Drop for Attachment {
     fn drop(&mut self) {
+        self.parts.metrics.attached.set(0);
         self.parts.attached.store(false, Ordering::Release);
     }
 }

@@ -7,6 +7,7 @@ use raftd::{Listeners, arguments::Arguments};
 use resqlite::{
     config::{Config, EXIT_CONFIG},
     daemon::{self, Shutdown},
+    monitoring,
 };
 use tokio::net::{TcpListener, UnixListener};
 
@@ -59,7 +60,8 @@ async fn prepare(config: &Config, shutdown: &Shutdown, stop_with_stdin: bool) ->
     let local = bind_socket(&config.raftd.socket).map_err(|error| {
         io::Error::new(error.kind(), format!("cannot listen on {}: {error}", config.raftd.socket.display()))
     })?;
-    Ok(Listeners { raft, local })
+    let metrics = monitoring::bind(config.raftd.metrics_listen).await?;
+    Ok(Listeners { raft, local, metrics })
 }
 
 /// Binds the Unix socket, over the file that a killed raftd left behind but never under a living one.

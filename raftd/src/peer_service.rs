@@ -8,7 +8,8 @@ use std::{pin::Pin, time::Duration};
 
 use raft::NodeId;
 use resqlite::api::{
-    InstallSnapshotResponse, PeerMessage, SnapshotChunk, SnapshotHeader, raft_service_server::RaftService,
+    InstallSnapshotResponse, PeerMessage, SnapshotChunk, SnapshotHeader, SnapshotPosition,
+    raft_service_server::RaftService,
 };
 use tokio::{
     sync::{oneshot, watch},
@@ -20,6 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     convert,
     driver::{DriverHandle, Input, Progress},
+    metrics::Metrics,
     snapshots::{Snapshots, position_from_wire},
 };
 
@@ -39,6 +41,8 @@ pub struct PeerService {
     pub progress: watch::Receiver<Progress>,
     /// The way to the state machine.
     pub snapshots: Snapshots,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 impl PeerService {
@@ -92,6 +96,7 @@ impl RaftService for PeerService {
         tokio::spawn(async move {
             if let Err(status) = service.receive(request.into_inner()).await {
                 tracing::warn!(reason = status.message(), "a peer's stream was refused");
+                service.metrics.error("stream_refused");
                 let _ = refusal.send(Err(status)).await;
             }
         });
@@ -109,18 +114,32 @@ impl RaftService for PeerService {
             return Err(Status::invalid_argument("the first chunk has no header"));
         };
         self.check_address(cluster_id, from, to)?;
-        let mut progress = self.progress.clone();
-        let commit_index = progress.borrow().commit_index;
+        let commit_index = self.progress.borrow().commit_index;
         if position.index <= commit_index {
             // A late one; installing it would rewind the log.
             return Ok(Response::new(InstallSnapshotResponse { index: commit_index }));
         }
+        let received = self.receive_snapshot(position, first, chunks).await;
+        let result = if received.is_ok() { "ok" } else { "failed" };
+        self.metrics.snapshots.with_label_values(&["received", result]).inc();
+        received.map(Response::new)
+    }
+}
+
+impl PeerService {
+    async fn receive_snapshot(
+        &self,
+        position: SnapshotPosition,
+        first: SnapshotChunk,
+        chunks: Streaming<SnapshotChunk>,
+    ) -> Result<InstallSnapshotResponse, Status> {
+        let mut progress = self.progress.clone();
         let taken = self.snapshots.offer(position_from_wire(position), first, chunks).await?;
         let installed =
             timeout(INSTALL_PATIENCE, progress.wait_for(|now| now.deliverable_index >= position.index));
         tokio::select! {
             installed = installed => match installed {
-                Ok(Ok(_)) => Ok(Response::new(InstallSnapshotResponse { index: position.index })),
+                Ok(Ok(_)) => Ok(InstallSnapshotResponse { index: position.index }),
                 Ok(Err(_)) => Err(Status::unavailable("raftd is stopping")),
                 Err(_) => {
                     Err(Status::deadline_exceeded("the state machine did not become the snapshot in time"))
@@ -129,9 +148,7 @@ impl RaftService for PeerService {
             () = taken.given_up() => Err(Status::aborted("the state machine did not become the snapshot")),
         }
     }
-}
 
-impl PeerService {
     async fn receive(&self, mut stream: Streaming<PeerMessage>) -> Result<(), Status> {
         let mut speaker = None;
         // Once for every stream: what an earlier one said may be over.

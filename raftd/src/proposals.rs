@@ -5,8 +5,12 @@
 //! indexes the terms tell whether it was this batch that was committed, or
 //! another leader's entries in its place. Every proposal gets one answer.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Instant,
+};
 
+use prometheus::Histogram;
 use raft::{Index, Term};
 use resqlite::api::{
     ProposalOutcome, ProposalRefusal, ProposalUnknown, ProposeResponse, proposal_outcome::Outcome,
@@ -56,6 +60,7 @@ pub fn refused(refusal: ProposalRefusal) -> Outcome {
 /// A batch that is in some leader's log.
 #[derive(Debug)]
 struct Placed {
+    since: Instant,
     first_index: Index,
     last_index: Index,
     term: Term,
@@ -63,32 +68,39 @@ struct Placed {
 }
 
 /// All batches that have not been answered. Bounded by what the core admits.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Proposals {
     last_batch_id: u64,
-    unplaced: BTreeMap<u64, Vec<Waiter>>,
+    unplaced: BTreeMap<u64, (Instant, Vec<Waiter>)>,
     placed: VecDeque<Placed>,
+    /// Notes how long a batch takes from its registration to its commit.
+    commit: Histogram,
 }
 
 impl Proposals {
+    /// None yet; `commit` notes how long each batch takes to be committed.
+    pub fn new(commit: Histogram) -> Self {
+        Self { last_batch_id: 0, unplaced: BTreeMap::new(), placed: VecDeque::new(), commit }
+    }
+
     /// Registers a batch and returns its id for the core.
     pub fn register(&mut self, waiters: Vec<Waiter>) -> u64 {
         self.last_batch_id += 1;
-        self.unplaced.insert(self.last_batch_id, waiters);
+        self.unplaced.insert(self.last_batch_id, (Instant::now(), waiters));
         self.last_batch_id
     }
 
     /// The batch is in the leader's log from `first_index` on.
     pub fn placed(&mut self, batch_id: u64, first_index: Index, term: Term) {
-        let Some(waiters) = self.unplaced.remove(&batch_id) else { return };
+        let Some((since, waiters)) = self.unplaced.remove(&batch_id) else { return };
         let length: usize = waiters.iter().map(|waiter| waiter.ids.len()).sum();
         let last_index = first_index + length as u64 - 1;
-        self.placed.push_back(Placed { first_index, last_index, term, waiters });
+        self.placed.push_back(Placed { since, first_index, last_index, term, waiters });
     }
 
     /// The batch gets this answer: it was refused, or nobody knows.
     pub fn answer(&mut self, batch_id: u64, outcome: Outcome) {
-        for waiter in self.unplaced.remove(&batch_id).into_iter().flatten() {
+        for waiter in self.unplaced.remove(&batch_id).into_iter().flat_map(|(_, waiters)| waiters) {
             waiter.answer_all(outcome);
         }
     }
@@ -122,7 +134,10 @@ impl Proposals {
             // section 5.3), and one leader's batch is contiguous, so if its
             // last entry was committed then all of it was.
             match term_at(batch.last_index)? {
-                Some(term) if term == batch.term => answer_placed(batch),
+                Some(term) if term == batch.term => {
+                    self.commit.observe(batch.since.elapsed().as_secs_f64());
+                    answer_placed(batch);
+                }
                 Some(_) => answer_overwritten(batch, &mut term_at)?,
                 None => answer_each(batch, Outcome::Unknown(ProposalUnknown {})),
             }
@@ -138,7 +153,8 @@ impl Proposals {
 
     /// Nobody will learn more: the node stops.
     pub fn abandon(&mut self) {
-        for waiter in std::mem::take(&mut self.unplaced).into_values().flatten() {
+        let unplaced = std::mem::take(&mut self.unplaced);
+        for waiter in unplaced.into_values().flat_map(|(_, waiters)| waiters) {
             waiter.answer_all(Outcome::Unknown(ProposalUnknown {}));
         }
         for batch in self.placed.drain(..) {
@@ -188,6 +204,10 @@ fn answer_each(batch: Placed, outcome: Outcome) {
 mod tests {
     use super::*;
 
+    fn proposals() -> Proposals {
+        Proposals::new(crate::metrics::Metrics::new().commit)
+    }
+
     fn waiting(proposals: &mut Proposals, ids: &[u64]) -> (u64, mpsc::UnboundedReceiver<ProposeResponse>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         (proposals.register(vec![Waiter::new(ids.to_vec(), sender)]), receiver)
@@ -204,7 +224,7 @@ mod tests {
 
     #[test]
     fn a_batch_is_answered_with_its_indexes_once_all_of_it_is_committed() {
-        let mut proposals = Proposals::default();
+        let mut proposals = proposals();
         let (batch, mut receiver) = waiting(&mut proposals, &[7, 8]);
         proposals.placed(batch, 10, 3);
         committed(&mut proposals, 10, |_| Some(3));
@@ -216,7 +236,7 @@ mod tests {
 
     #[test]
     fn an_entry_of_another_term_in_its_place_means_overwritten() {
-        let mut proposals = Proposals::default();
+        let mut proposals = proposals();
         let (batch, mut receiver) = waiting(&mut proposals, &[1, 2]);
         proposals.placed(batch, 10, 3);
         committed(&mut proposals, 12, |index| Some(if index == 10 { 3 } else { 4 }));
@@ -226,7 +246,7 @@ mod tests {
 
     #[test]
     fn what_the_log_no_longer_holds_is_unknown_and_never_called_lost() {
-        let mut proposals = Proposals::default();
+        let mut proposals = proposals();
         let (batch, mut receiver) = waiting(&mut proposals, &[1]);
         proposals.placed(batch, 10, 3);
         committed(&mut proposals, 500, |_| None);
@@ -235,7 +255,7 @@ mod tests {
 
     #[test]
     fn a_batch_behind_a_later_leaders_commit_does_not_wait_for_its_index() {
-        let mut proposals = Proposals::default();
+        let mut proposals = proposals();
         let (batch, mut receiver) = waiting(&mut proposals, &[1]);
         proposals.placed(batch, 92, 3);
         committed(&mut proposals, 91, |_| Some(3));
@@ -246,7 +266,7 @@ mod tests {
 
     #[test]
     fn a_refused_batch_is_answered_once() {
-        let mut proposals = Proposals::default();
+        let mut proposals = proposals();
         let (batch, mut receiver) = waiting(&mut proposals, &[1]);
         proposals.answer(batch, refused(ProposalRefusal::NoLeader));
         proposals.answer(batch, refused(ProposalRefusal::Overloaded));
@@ -258,7 +278,7 @@ mod tests {
 
     #[test]
     fn stopping_leaves_nobody_waiting() {
-        let mut proposals = Proposals::default();
+        let mut proposals = proposals();
         let (_, mut unplaced) = waiting(&mut proposals, &[1]);
         let (batch, mut placed) = waiting(&mut proposals, &[2]);
         proposals.placed(batch, 5, 1);

@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use prometheus::IntCounter;
 use raft::{NodeId, Position};
 use resqlite::api::{
     SnapshotChunk, SnapshotHeader, SnapshotPart, SnapshotPosition, SnapshotTask,
@@ -22,6 +23,8 @@ use tokio::{
 };
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tonic::{Status, Streaming, transport::Channel};
+
+use crate::metrics::Metrics;
 
 /// How many parts of one transfer may wait for the next hop.
 const PARTS_IN_FLIGHT: usize = 4;
@@ -67,12 +70,20 @@ struct State {
 }
 
 /// The transfers of one node. Clones share them.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Snapshots {
     state: Arc<Mutex<State>>,
+    sent_bytes: IntCounter,
+    received_bytes: IntCounter,
 }
 
 impl Snapshots {
+    /// No transfers yet; `metrics` count what passes.
+    pub fn new(metrics: &Metrics) -> Self {
+        let bytes = |direction| metrics.snapshot_bytes.with_label_values(&[direction]);
+        Self { state: Arc::default(), sent_bytes: bytes("sent"), received_bytes: bytes("received") }
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing in here panics while it holds the lock half-way.
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -114,7 +125,7 @@ impl Snapshots {
             }
             transfer_id
         };
-        let result = deliver(peer, route, &mut receiver).await;
+        let result = deliver(peer, route, &mut receiver, &self.sent_bytes).await;
         // Unless the state machine has begun, nobody else would forget it.
         self.lock().outgoing.remove(&transfer_id);
         let _ = finish.send(result.clone().map(drop));
@@ -159,7 +170,7 @@ impl Snapshots {
         };
         let SnapshotChunk { data, last, .. } = first;
         let first = SnapshotPart { transfer_id, position: Some(position_to_wire(position)), data, last };
-        match relay(first, &mut chunks, &sender).await {
+        match relay(first, &mut chunks, &sender, &self.received_bytes).await {
             // A small one may be all relayed before the state machine has come for it.
             Ok(()) => Ok(Taken { parts: sender }),
             Err(status) => {
@@ -212,7 +223,12 @@ pub struct Route {
     pub from: NodeId,
 }
 
-async fn deliver(peer: NodeId, route: Route, parts: &mut PartReceiver) -> Result<u64, Status> {
+async fn deliver(
+    peer: NodeId,
+    route: Route,
+    parts: &mut PartReceiver,
+    sent_bytes: &IntCounter,
+) -> Result<u64, Status> {
     let given_up = || Status::aborted("the state machine gave the snapshot up");
     let first = stalled(timeout(STALLED_AFTER, parts.recv()).await)?.ok_or_else(given_up)??;
     let position =
@@ -225,8 +241,12 @@ async fn deliver(peer: NodeId, route: Route, parts: &mut PartReceiver) -> Result
     let feed = async {
         let mut chunk = SnapshotChunk { header: Some(header), data: first.data, last: first.last };
         loop {
-            let last = chunk.last;
-            if sender.send(chunk).await.is_err() || last {
+            let (last, bytes) = (chunk.last, chunk.data.len() as u64);
+            if sender.send(chunk).await.is_err() {
+                break;
+            }
+            sent_bytes.inc_by(bytes);
+            if last {
                 break;
             }
             match parts.recv().await {
@@ -253,11 +273,13 @@ async fn relay(
     first: SnapshotPart,
     chunks: &mut Streaming<SnapshotChunk>,
     sender: &PartSender,
+    received_bytes: &IntCounter,
 ) -> Result<(), Status> {
     let transfer_id = first.transfer_id;
     let mut part = first;
     loop {
         let last = part.last;
+        received_bytes.inc_by(part.data.len() as u64);
         stalled(timeout(STALLED_AFTER, sender.send(Ok(part))).await)?
             .map_err(|_| Status::aborted("the state machine gave the snapshot up"))?;
         if last {

@@ -19,6 +19,7 @@ mod error;
 mod hard_state;
 mod lock;
 pub mod log_store;
+mod measured;
 pub mod memory_log;
 pub mod record;
 mod record_log;
@@ -33,6 +34,7 @@ use std::{
     sync::Arc,
 };
 
+use prometheus::Histogram;
 use raft::{HardState, NodeId, Position};
 use resqlite::disk::Ballast;
 
@@ -42,10 +44,13 @@ use self::{
     hard_state::{HardStateFile, State, sync_dir},
     lock::DirectoryLock,
     log_store::{LogStore, LogStoreError},
+    measured::MeasuredLog,
     record_log::{Mark, RecordLog, RecoverError},
     sled_log::SledLog,
-    writer::LogThread,
+    writer::{LogThread, Queue},
 };
+use crate::metrics::WriterMetrics;
+
 pub use self::{
     cache::{LogReader, ReadError},
     error::StoreError,
@@ -123,6 +128,16 @@ impl Store {
             let opened =
                 if is_new { SledLog::create(dir, cache_bytes) } else { SledLog::open(dir, cache_bytes) };
             opened.map(|log| Arc::new(log) as Arc<dyn LogStore>)
+        })
+    }
+
+    /// As [`Store::open`], with the time that each sync takes noted in `fsync`.
+    pub fn open_measured(options: StoreOptions, fsync: Histogram) -> Result<Self, StoreError> {
+        let cache_bytes = options.cache_bytes;
+        Self::open_with(options, |dir, is_new| {
+            let opened =
+                if is_new { SledLog::create(dir, cache_bytes) } else { SledLog::open(dir, cache_bytes) };
+            opened.map(|log| Arc::new(MeasuredLog::new(log, fsync.clone())) as Arc<dyn LogStore>)
         })
     }
 
@@ -204,8 +219,9 @@ impl Store {
             hard_state: file,
             _lock: lock,
             unsynced_mark_bytes: 0,
+            metrics: None,
         };
-        let handle = StoreHandle { log, log_path };
+        let handle = StoreHandle { log, log_path, queue: Arc::clone(&log_thread.queue) };
         let State { identity, hard_state, .. } = state;
         Ok(Self { identity, hard_state, reader, handle, log_thread: Some(log_thread) })
     }
@@ -233,6 +249,13 @@ impl Store {
     /// Watches the store.
     pub fn handle(&self) -> StoreHandle {
         self.handle.clone()
+    }
+
+    /// The writer is to count what it does. Before it is started.
+    pub fn count_writes(&mut self, metrics: WriterMetrics) {
+        if let Some(log_thread) = &mut self.log_thread {
+            log_thread.metrics = Some(metrics);
+        }
     }
 
     /// Starts the log-writer thread, which calls `report`.
@@ -263,9 +286,15 @@ impl Store {
 pub struct StoreHandle {
     log: Arc<dyn LogStore>,
     log_path: PathBuf,
+    queue: Arc<Queue>,
 }
 
 impl StoreHandle {
+    /// How many bytes of entries wait for the log writer.
+    pub fn waiting_bytes(&self) -> usize {
+        self.queue.waiting_bytes()
+    }
+
     /// What the log takes on disk, in bytes; 0 while the filesystem does not say. Space that compaction frees is used
     /// again rather than given back.
     pub fn log_bytes(&self) -> u64 {

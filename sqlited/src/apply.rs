@@ -157,6 +157,11 @@ impl Applier {
         })
     }
 
+    /// How many clients' requests are remembered.
+    pub fn sessions(&self) -> usize {
+        self.sessions.count()
+    }
+
     /// Where the database stands in the log.
     pub fn position(&self) -> Position {
         self.position

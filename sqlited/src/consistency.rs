@@ -3,6 +3,7 @@
 
 use std::{future::pending, time::Duration};
 
+use prometheus::Histogram;
 use resqlite::{
     api::{Consistency, ReadOptions},
     daemon::Shutdown,
@@ -29,12 +30,20 @@ pub struct ReadGate {
     facts: Facts,
     election_timeout: Duration,
     shutdown: Shutdown,
+    /// Notes how long reads wait here.
+    waits: Histogram,
 }
 
 impl ReadGate {
     /// A gate before this node's data.
-    pub fn new(link: RaftLink, facts: Facts, election_timeout: Duration, shutdown: Shutdown) -> Self {
-        Self { link, facts, election_timeout, shutdown }
+    pub fn new(
+        link: RaftLink,
+        facts: Facts,
+        election_timeout: Duration,
+        shutdown: Shutdown,
+        waits: Histogram,
+    ) -> Self {
+        Self { link, facts, election_timeout, shutdown, waits }
     }
 
     /// Returns once a read that begins now sees what `options` ask for.
@@ -46,6 +55,8 @@ impl ReadGate {
             ))
         })?;
         self.check_trust()?;
+        // However the wait ends.
+        let _waiting = self.waits.start_timer();
         match asked {
             Consistency::Linearizable => self.see_all_acknowledged(deadline, self.patience()).await,
             Consistency::Sequential => self.see_index(options.min_index, deadline).await,

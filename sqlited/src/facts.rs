@@ -2,7 +2,10 @@
 //! can, whether it may be trusted, and how fresh its data is known to be.
 //! Everybody may look, few change it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{
+    Arc, Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
 
 use resqlite::disk::Room;
 use tokio::{sync::watch, time::Instant};
@@ -14,6 +17,7 @@ pub struct Facts {
     health: watch::Sender<Health>,
     room: watch::Sender<Room>,
     fresh_as_of: Arc<Mutex<Option<Instant>>>,
+    behind: Arc<AtomicBool>,
 }
 
 /// What is wrong, each with what to do about it.
@@ -42,6 +46,7 @@ impl Facts {
             health: watch::Sender::default(),
             room: watch::Sender::new(Room::default()),
             fresh_as_of: Arc::default(),
+            behind: Arc::default(),
         }
     }
 
@@ -64,6 +69,11 @@ impl Facts {
     /// Why requests cannot be executed here, or None.
     pub fn health(&self) -> Option<String> {
         self.health.borrow().unhealthy().cloned()
+    }
+
+    /// Why nothing can be applied, or None.
+    pub fn stuck_now(&self) -> Option<String> {
+        self.health.borrow().stuck.clone()
     }
 
     /// Why the content cannot be trusted, or None.
@@ -130,6 +140,16 @@ impl Facts {
     /// The room on the database's filesystem, and news of it.
     pub fn room(&self) -> watch::Receiver<Room> {
         self.room.subscribe()
+    }
+
+    /// Whether this node lacks what was committed some time ago.
+    pub fn is_behind(&self) -> bool {
+        self.behind.load(Ordering::Relaxed)
+    }
+
+    /// Says so.
+    pub fn publish_behind(&self, behind: bool) {
+        self.behind.store(behind, Ordering::Relaxed);
     }
 
     /// Notes that a read now sees every write that was acknowledged before `moment`.

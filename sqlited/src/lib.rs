@@ -17,6 +17,7 @@
 pub mod apply;
 pub mod arguments;
 pub mod backup;
+pub mod calls;
 pub mod classify;
 pub mod connection;
 pub mod consistency;
@@ -26,6 +27,7 @@ pub mod errors;
 mod execute;
 pub mod facts;
 pub mod limits;
+pub mod metrics;
 pub mod pipeline;
 pub mod raft_link;
 pub mod reads;
@@ -45,6 +47,7 @@ pub mod verify;
 pub mod version;
 pub mod versions;
 pub mod waiters;
+pub mod watched;
 pub mod write_path;
 
 use std::{
@@ -60,6 +63,7 @@ use resqlite::{
     config::{Config, EXIT_CONFIG},
     daemon::{self, Shutdown},
     disk::{self, Ballast, Watermark},
+    monitoring::{self, Busy},
 };
 use tokio::{
     net::TcpListener,
@@ -75,8 +79,10 @@ use tonic_health::pb::health_server::{Health, HealthServer};
 use crate::{
     apply::{Applier, ApplyError, ApplySettings},
     backup::Backups,
+    calls::CountCalls,
     consistency::ReadGate,
     facts::Facts,
+    metrics::Metrics,
     pipeline::{Pipeline, PipelineError},
     raft_link::{DoesNotBelong, RaftLink, SnapshotExchange},
     reads::{Patience, Readers},
@@ -87,6 +93,7 @@ use crate::{
     transactions::Transactions,
     verify::{Mark, Upkeep, Verifications},
     waiters::Waiters,
+    watched::Watched,
     write_path::{WritePath, WriteSettings},
 };
 
@@ -153,9 +160,21 @@ impl RunError {
     }
 }
 
+/// Where the daemon listens; bound by the caller, so that tests choose free ports.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For clients.
+    pub sql: TcpListener,
+    /// For those who watch, where somebody may.
+    pub metrics: Option<TcpListener>,
+}
+
 /// Runs the daemon until `shutdown`, or until it must not go on. Needs a
 /// runtime with timers; a current-thread one is the fastest.
-pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> Result<(), RunError> {
+pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Result<(), RunError> {
+    let Listeners { sql: listener, metrics: watchers } = listeners;
+    let (metrics, applying) = (Metrics::new(), Busy::default());
+    metrics.begin_series();
     let database = prepare_data_dir(&config.sqlited.data_dir)?;
     let ballast = Ballast::in_dir(&config.sqlited.data_dir, BALLAST_BYTES);
     give_back_if_full(&ballast, &config.sqlited.data_dir)?;
@@ -177,7 +196,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
         Readers::start(&database, config.sqlited.readers, Patience::default(), &runtime::Handle::current());
     let readers =
         Arc::new(readers.map_err(|error| RunError::Start(format!("no thread for a reader: {error}")))?);
-    let pipeline = Pipeline::start(applier);
+    let pipeline = Pipeline::start(applier, metrics.of_pipeline(&applying));
     let mut pipeline = pipeline.map_err(|error| RunError::Start(format!("no thread to apply: {error}")))?;
 
     let waiters = Waiters::new(limits::MAX_WRITES_WAITING);
@@ -191,12 +210,19 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
         facts.clone(),
         write_settings(&config),
         abort.clone(),
+        metrics.write.clone(),
     );
     let writes = Arc::new(writes.map_err(|error| RunError::Start(format!("no entropy: {error}")))?);
     let runner = Runner {
         writes: Arc::clone(&writes),
         readers: Arc::clone(&readers),
-        gate: ReadGate::new(link.clone(), facts.clone(), election_timeout, abort.clone()),
+        gate: ReadGate::new(
+            link.clone(),
+            facts.clone(),
+            election_timeout,
+            abort.clone(),
+            metrics.read_wait.clone(),
+        ),
     };
     let transactions = Arc::new(Transactions::new(
         config.node_id,
@@ -233,7 +259,20 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
         config.cluster_id(),
         users,
         config.sqlited.snapshot_bytes_per_second,
+        metrics.clone(),
     );
+    let watched = Watched {
+        metrics: metrics.clone(),
+        facts: facts.clone(),
+        link: link.clone(),
+        waiters: Arc::clone(&waiters),
+        readers: Arc::clone(&readers),
+        transactions: Arc::clone(&transactions),
+        backlog: pipeline.backlog(),
+        progress: pipeline.progress(),
+        applying,
+        database,
+    };
     let (reporter, health) = tonic_health::server::health_reporter();
     let watermark = Watermark::new(&config.sqlited.data_dir, config.min_free_bytes);
 
@@ -245,15 +284,16 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: Shutdown) -> R
         "sqlited is up"
     );
     let result = tokio::select! {
-        served = serve(&config, listener, service, health, shutdown.clone()) => served,
+        served = serve(&config, listener, service, health, CountCalls::new(metrics.clone()), shutdown.clone()) => served,
         () = limit_the_stop(&shutdown, &abort, &readers) => Ok(()),
         error = keeper.run(config.cluster_id(), pipeline.handle(), pipeline.progress(), exchange, facts.clone()) => Err(error.into()),
         never = disk::keep_watch(watermark, ballast, facts.room_publisher()) => match never {},
         error = pipeline.deliver(&waiters, &facts) => Err(error.into()),
         never = transactions.expire() => match never {},
         never = upkeep.run() => match never {},
-        never = status::keep_health(reporter, link, facts.clone()) => match never {},
+        never = status::keep_health(reporter, link, facts.clone(), metrics.serving.clone()) => match never {},
         never = daemon::feed_watchdog() => match never {},
+        never = monitoring::serve(watchers, watched) => match never {},
     };
     daemon::notify_stopping();
     abort.trigger();
@@ -307,6 +347,7 @@ async fn serve(
     listener: TcpListener,
     service: Service,
     health: HealthServer<impl Health>,
+    calls: CountCalls,
     shutdown: Shutdown,
 ) -> Result<(), RunError> {
     let reflection = || {
@@ -324,6 +365,7 @@ async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(Some(MAX_STREAMS_PER_CONNECTION))
+        .layer(calls)
         .add_service(health)
         .add_service(reflection().build_v1().map_err(unreflected)?)
         .add_service(reflection().build_v1alpha().map_err(unreflected)?)

@@ -6,8 +6,9 @@ use clap::Parser;
 use resqlite::{
     config::{self, Config},
     daemon::{self, Shutdown},
+    monitoring,
 };
-use sqlited::arguments::Arguments;
+use sqlited::{Listeners, arguments::Arguments};
 use tokio::{net::TcpListener, runtime};
 
 fn main() -> ExitCode {
@@ -61,9 +62,12 @@ fn start(config: Config, arguments: &Arguments) -> Result<(), Failure> {
         let listener = TcpListener::bind(address)
             .await
             .map_err(|error| Failure::new(format!("cannot listen on {address}: {error}")))?;
+        let metrics = monitoring::bind(config.sqlited.metrics_listen).await;
+        let metrics = metrics.map_err(|error| Failure::new(error.to_string()))?;
+        let listeners = Listeners { sql: listener, metrics };
         let reloading = sqlited::reload::answer_requests(arguments.config.clone(), config.clone(), reloads);
         tokio::select! {
-            result = sqlited::run(config, listener, shutdown) => {
+            result = sqlited::run(config, listeners, shutdown) => {
                 result.map_err(|error| Failure { reason: error.to_string(), exit_code: error.exit_code() })
             }
             never = reloading => match never {},

@@ -29,6 +29,7 @@ use crate::{
     apply::{Applied, Applier, ApplyError, ApplySettings, Position},
     facts::Facts,
     limits::{APPLY_GROUP_BYTES, FOLLOW_QUEUE_BYTES},
+    metrics::PipelineMetrics,
     snapshot::{Exclusive, Incoming},
     waiters::Waiters,
 };
@@ -118,6 +119,19 @@ impl Handle {
     }
 }
 
+/// Tells how much waits to be applied; unlike a [`Handle`], it keeps nothing going.
+#[derive(Clone, Debug)]
+pub struct Backlog {
+    room: Arc<Semaphore>,
+}
+
+impl Backlog {
+    /// The bytes of the entries that wait, or are being applied.
+    pub fn bytes(&self) -> usize {
+        FOLLOW_QUEUE_BYTES.saturating_sub(self.room.available_permits())
+    }
+}
+
 /// What the threads tell the runtime.
 #[derive(Debug)]
 enum Event {
@@ -161,16 +175,17 @@ pub enum PipelineError {
 }
 
 impl Pipeline {
-    /// Starts the threads on an open database.
-    pub fn start(applier: Applier) -> io::Result<Self> {
+    /// Starts the threads on an open database; `metrics` count what they do.
+    pub fn start(applier: Applier, metrics: PipelineMetrics) -> io::Result<Self> {
         let (commands, queue) = blocking::channel();
         let (events, event_receiver) = mpsc::channel(GROUPS_WAITING);
         let index = applier.position().applied_index;
         // What the last run left behind is durable once the first sync says so, not before.
         let (publish, progress) = watch::channel(Progress { applied_index: index, durable_index: 0 });
-        let (syncer, to_sync) = Syncer::new(applier.durability(), index, publish);
+        let (syncer, to_sync) = Syncer::new(applier.durability(), index, publish, metrics.wal_sync.clone());
         let sync_failed = events.clone();
         let stop = Arc::new(AtomicBool::new(false));
+        metrics.sessions.set(applier.sessions() as i64);
         let interrupt = Arc::new(Mutex::new(applier.interrupt_handle()));
         let worker = Worker {
             applier,
@@ -179,6 +194,7 @@ impl Pipeline {
             to_sync,
             stop: Arc::clone(&stop),
             interrupt: Arc::clone(&interrupt),
+            metrics,
         };
         let threads = vec![
             thread::Builder::new().name("apply".into()).spawn(move || worker.run())?,
@@ -202,6 +218,11 @@ impl Pipeline {
     /// For the link.
     pub fn handle(&self) -> Handle {
         self.handle.clone()
+    }
+
+    /// For those who watch.
+    pub fn backlog(&self) -> Backlog {
+        Backlog { room: Arc::clone(&self.handle.room) }
     }
 
     /// For the reports to raftd: news whenever more has become durable.
@@ -282,6 +303,7 @@ struct Worker {
     to_sync: ToSync,
     stop: Arc<AtomicBool>,
     interrupt: Arc<Mutex<InterruptHandle>>,
+    metrics: PipelineMetrics,
 }
 
 impl Worker {
@@ -321,7 +343,7 @@ impl Worker {
     /// Becomes a snapshot, with a new connection. None: that failed half-way, and this process cannot go on.
     fn replace(self, Replacement { incoming, exclusive, done }: Replacement) -> Option<Self> {
         let settings = self.applier.settings();
-        let Self { applier, queue, events, to_sync, stop, interrupt } = self;
+        let Self { applier, queue, events, to_sync, stop, interrupt, metrics } = self;
         let applier = match make_way(applier, &incoming) {
             Err((applier, why)) => {
                 incoming.discard();
@@ -349,7 +371,7 @@ impl Worker {
             },
         };
         drop(exclusive);
-        Some(Self { applier, queue, events, to_sync, stop, interrupt })
+        Some(Self { applier, queue, events, to_sync, stop, interrupt, metrics })
     }
 
     /// All that has come in, up to a bound, and the command that follows it.
@@ -377,9 +399,13 @@ impl Worker {
             let before = self.applier.position().applied_index;
             let left = entries.partition_point(|entry| entry.index <= before);
             let mut applied = Vec::new();
+            let (work, timer) = (self.metrics.busy.begin(), self.metrics.apply.start_timer());
             let result = self.applier.apply(&entries[left..], &mut applied);
+            timer.observe_duration();
+            drop(work);
             let index = self.applier.position().applied_index;
             if index > before {
+                self.note_applied(index - before);
                 pause = MIN_RETRY;
                 self.tell(Event::Applied { applied, index });
                 self.to_sync.applied(index);
@@ -397,7 +423,14 @@ impl Worker {
         }
     }
 
+    fn note_applied(&self, entries: u64) {
+        self.metrics.apply_batch.observe(entries as f64);
+        self.metrics.applied_entries.inc_by(entries);
+        self.metrics.sessions.set(self.applier.sessions() as i64);
+    }
+
     fn wait_for_remedy(&self, error: ApplyError, pause: &mut Duration) -> Result<(), ApplyError> {
+        self.metrics.apply_errors.inc();
         match remedy(&error) {
             Remedy::Exit => return Err(error),
             Remedy::Retry => {
@@ -452,10 +485,11 @@ fn become_snapshot(incoming: Incoming, settings: ApplySettings) -> Result<Applie
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{apply::REQUEST_FORMAT, version::execution_version};
+    use crate::{apply::REQUEST_FORMAT, metrics::Metrics, version::execution_version};
     use resqlite::api::{
         LogEntryKind, LoggedRequest, RequestId, Statement, StatementList, logged_request::Body,
     };
+    use resqlite::monitoring::Busy;
     use rusqlite::ffi;
     use tokio::time::timeout;
 
@@ -494,7 +528,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let applier = Applier::open(&directory.path().join("test.db"), ApplySettings::default()).unwrap();
         let files = applier.files();
-        let mut pipeline = Pipeline::start(applier).unwrap();
+        let mut pipeline = Pipeline::start(applier, Metrics::new().of_pipeline(&Busy::default())).unwrap();
         let (handle, waiters, facts) = (pipeline.handle(), Waiters::new(10), Facts::new(0));
         let mut progress = pipeline.progress();
         let mut waiter = waiters.register(([1; 16], 2)).unwrap();
@@ -526,7 +560,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let applier = Applier::open(&directory.path().join("test.db"), ApplySettings::default()).unwrap();
         let files = applier.files();
-        let mut pipeline = Pipeline::start(applier).unwrap();
+        let mut pipeline = Pipeline::start(applier, Metrics::new().of_pipeline(&Busy::default())).unwrap();
         let (handle, waiters, facts) = (pipeline.handle(), Waiters::new(10), Facts::new(0));
         files.fail_after(0, ffi::SQLITE_IOERR_WRITE);
         handle.apply(vec![entry(1, "create table t(a)")]).await;

@@ -218,6 +218,11 @@ impl Readers {
         self.push_read(Arc::clone(statements), range, deadline, None, None)
     }
 
+    /// How many jobs wait for a reader.
+    pub fn waiting(&self) -> usize {
+        self.queue.lock().len()
+    }
+
     /// Opens a snapshot; reads of it end at `until`.
     pub async fn hold(&self, until: tokio::time::Instant) -> Result<Arc<Held>, Status> {
         let (answer, held) = oneshot::channel();

@@ -126,6 +126,11 @@ impl Sessions {
     pub const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS _resqlite_sessions(\
         client_id BLOB PRIMARY KEY NOT NULL, state BLOB NOT NULL) WITHOUT ROWID";
 
+    /// How many clients are remembered.
+    pub fn count(&self) -> usize {
+        self.sessions.len()
+    }
+
     /// Reads all sessions from the database.
     pub fn load(connection: &Connection) -> rusqlite::Result<Self> {
         let mut sessions = Self::default();

@@ -1,8 +1,14 @@
 //! What this node says of itself: the `Status` call and the health service.
 //! It only looks; it changes nothing.
 
-use std::{collections::VecDeque, convert::Infallible, path::PathBuf, time::Duration};
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
+use prometheus::IntGauge;
 use resqlite::{
     api::{
         LogStatusRequest, LogStatusResponse, Member, NodeStatus, RaftRole, StatusResponse,
@@ -91,14 +97,19 @@ impl StatusSource {
         answer.ok()?.ok().map(tonic::Response::into_inner)
     }
 
-    /// With the write-ahead log. Sizes are asked of the file system; the files are not opened,
-    /// which would drop SQLite's locks on them (<https://sqlite.org/howtocorrupt.html>, section 2.2).
     fn database_bytes(&self) -> u64 {
-        let mut wal = self.database.clone().into_os_string();
-        wal.push("-wal");
-        let size = |path: PathBuf| std::fs::metadata(path).map_or(0, |metadata| metadata.len());
-        size(self.database.clone()) + size(wal.into())
+        let (database, wal) = file_bytes(&self.database);
+        database + wal
     }
+}
+
+/// The sizes of a database and of its write-ahead log. The file system is asked; the files are not opened,
+/// which would drop SQLite's locks on them (<https://sqlite.org/howtocorrupt.html>, section 2.2).
+pub fn file_bytes(database: &Path) -> (u64, u64) {
+    let mut wal = database.as_os_str().to_owned();
+    wal.push("-wal");
+    let size = |path: &Path| std::fs::metadata(path).map_or(0, |metadata| metadata.len());
+    (size(database), size(Path::new(&wal)))
 }
 
 fn role_name(role: RaftRole) -> &'static str {
@@ -112,7 +123,12 @@ fn role_name(role: RaftRole) -> &'static str {
 }
 
 /// Keeps `grpc.health.v1` and systemd's status line true. Runs until dropped.
-pub async fn keep_health(reporter: HealthReporter, link: RaftLink, facts: Facts) -> Infallible {
+pub async fn keep_health(
+    reporter: HealthReporter,
+    link: RaftLink,
+    facts: Facts,
+    serving: IntGauge,
+) -> Infallible {
     let mut state = link.state();
     let mut health = facts.watch_health();
     let mut seconds = interval(Duration::from_secs(1));
@@ -124,7 +140,9 @@ pub async fn keep_health(reporter: HealthReporter, link: RaftLink, facts: Facts)
         let health_now = health.borrow_and_update().clone();
         let unhealthy = health_now.unhealthy().cloned();
         lag.observe(Instant::now(), now.commit_index, facts.applied_index());
+        facts.publish_behind(lag.is_behind());
         let verdict = verdict(&now, unhealthy, lag.is_behind());
+        serving.set(verdict.is_ok().into());
         let news = (verdict, health_now.alarm);
         if told.as_ref() != Some(&news) {
             tell(&reporter, &news.0, news.1.as_deref()).await;

@@ -81,6 +81,11 @@ impl Transactions {
         Self { node_id, readers, hold, most, room, open: Mutex::default() }
     }
 
+    /// How many are open.
+    pub fn open(&self) -> usize {
+        self.lock().len()
+    }
+
     /// Takes a snapshot of what is applied now.
     pub async fn begin(&self) -> Result<Begun, Status> {
         let room = Arc::clone(&self.room).try_acquire_owned().map_err(|_| {

@@ -14,6 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use prometheus::Histogram;
 use prost::Message;
 use resqlite::{
     api::{LoggedRequest, ReadSet, RequestId, StoredReply, logged_request::Body},
@@ -80,6 +81,8 @@ pub struct WritePath {
     own_ids: OwnIds,
     bytes_waiting: Semaphore,
     shutdown: Shutdown,
+    /// Notes how long writes take that were applied.
+    latency: Histogram,
 }
 
 impl WritePath {
@@ -90,10 +93,11 @@ impl WritePath {
         facts: Facts,
         settings: WriteSettings,
         shutdown: Shutdown,
+        latency: Histogram,
     ) -> Result<Self, getrandom::Error> {
         let own_ids = OwnIds::new()?;
         let bytes_waiting = Semaphore::new(limits::MAX_WRITE_BYTES_WAITING);
-        Ok(Self { link, waiters, facts, settings, own_ids, bytes_waiting, shutdown })
+        Ok(Self { link, waiters, facts, settings, own_ids, bytes_waiting, shutdown, latency })
     }
 
     /// Writes, and returns the reply of the execution on this node, which may be an SQL error. `reads`:
@@ -148,7 +152,10 @@ impl WritePath {
             leaderless_since: None,
             pause: MIN_RETRY,
         };
-        attempts.run(payload, waiter).await
+        let began = Instant::now();
+        let reply = attempts.run(payload, waiter).await?;
+        self.latency.observe(began.elapsed().as_secs_f64());
+        Ok(reply)
     }
 
     /// Why nothing may be proposed now, whoever asks.

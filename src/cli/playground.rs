@@ -39,7 +39,8 @@ pub struct Arguments {
     /// Where the files go, and stay [default: a temporary directory that is removed in the end]
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// Raft port of the first node; its SQL port is the next one; the second node's are ten higher
+    /// Raft port of the first node; the next ones are for SQL and for the metrics of sqlited and raftd; the second
+    /// node's are ten higher
     #[arg(long, value_name = "PORT", default_value_t = 50050)]
     base_port: u16,
     /// Print the endpoints and run until Ctrl-C, without a shell
@@ -153,7 +154,7 @@ impl Playground {
             written.map_err(|error| format!("cannot prepare {}: {error}", files.directory.display()))?;
             nodes.push(files);
         }
-        let endpoints = ports.iter().map(|(_, sql)| sql.to_string()).collect();
+        let endpoints = ports.iter().map(|addresses| addresses.sql.to_string()).collect();
         Ok(Self { nodes, endpoints, raftd, sqlited, _scratch: scratch })
     }
 
@@ -266,16 +267,34 @@ fn daemon_path(name: &str) -> Result<PathBuf, String> {
         .ok_or_else(|| format!("cannot find {name}, neither beside {} nor in PATH", own.display()))
 }
 
-/// Raft and SQL address of each node, all of them free.
-fn ports(base: u16, nodes: u16) -> Result<Vec<(SocketAddr, SocketAddr)>, String> {
+/// Where a node listens, on four ports in a row.
+#[derive(Clone, Copy, Debug)]
+struct Addresses {
+    raft: SocketAddr,
+    sql: SocketAddr,
+    sqlited_metrics: SocketAddr,
+    raftd_metrics: SocketAddr,
+}
+
+impl Addresses {
+    fn from(first_port: u16) -> Option<Self> {
+        let port = |offset| Some(SocketAddr::from((Ipv4Addr::LOCALHOST, first_port.checked_add(offset)?)));
+        Some(Self { raft: port(0)?, sql: port(1)?, sqlited_metrics: port(2)?, raftd_metrics: port(3)? })
+    }
+
+    fn all(self) -> [SocketAddr; 4] {
+        [self.raft, self.sql, self.sqlited_metrics, self.raftd_metrics]
+    }
+}
+
+/// The addresses of each node, all of them free.
+fn ports(base: u16, nodes: u16) -> Result<Vec<Addresses>, String> {
     let too_high =
         || format!("there are no ports for {nodes} nodes from {base} on; choose a lower --base-port");
     let mut addresses = Vec::new();
     for node in 0..nodes {
-        let raft = base.checked_add(PORTS_APART * node).ok_or_else(too_high)?;
-        let sql = raft.checked_add(1).ok_or_else(too_high)?;
-        let [raft, sql] = [raft, sql].map(|port| SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
-        for address in [raft, sql] {
+        let of_node = base.checked_add(PORTS_APART * node).and_then(Addresses::from).ok_or_else(too_high)?;
+        for address in of_node.all() {
             TcpListener::bind(address).map_err(|error| match error.kind() {
                 io::ErrorKind::AddrInUse => {
                     format!(
@@ -286,20 +305,21 @@ fn ports(base: u16, nodes: u16) -> Result<Vec<(SocketAddr, SocketAddr)>, String>
                 _ => format!("cannot listen on {address}: {error}"),
             })?;
         }
-        addresses.push((raft, sql));
+        addresses.push(of_node);
     }
     Ok(addresses)
 }
 
 /// A node's configuration file.
-fn configuration(id: usize, ports: &[(SocketAddr, SocketAddr)], files: &NodeFiles) -> String {
-    let members = ports.iter().enumerate().map(|(position, (raft, sql))| {
+fn configuration(id: usize, ports: &[Addresses], files: &NodeFiles) -> String {
+    let members = ports.iter().enumerate().map(|(position, Addresses { raft, sql, .. })| {
         format!("    - {{ id: {}, raft: \"{raft}\", sql: \"{sql}\" }}\n", position + 1)
     });
-    let (raft, sql) = &ports[id - 1];
+    let Addresses { raft, sql, sqlited_metrics, raftd_metrics } = &ports[id - 1];
     format!(
         "node_id: {id}\ncluster:\n  name: playground\n  members:\n{}raftd:\n  listen: {raft}\n  data_dir: {}\n  \
-         socket: {}\nsqlited:\n  listen: {sql}\n  data_dir: {}\n",
+         socket: {}\n  metrics_listen: {raftd_metrics}\n\
+         sqlited:\n  listen: {sql}\n  data_dir: {}\n  metrics_listen: {sqlited_metrics}\n",
         members.collect::<String>(),
         yaml_string(&files.directory.join("raft")),
         yaml_string(&files.socket),
@@ -319,14 +339,14 @@ mod tests {
 
     #[test]
     fn the_configuration_is_one_that_the_daemons_accept() {
-        let ports: Vec<(SocketAddr, SocketAddr)> = (0..3)
-            .map(|i| (([127, 0, 0, 1], 1000 + 10 * i).into(), ([127, 0, 0, 1], 1001 + 10 * i).into()))
-            .collect();
+        let ports: Vec<Addresses> = (0..3).map(|i| Addresses::from(1000 + 10 * i).unwrap()).collect();
         let files = NodeFiles::new(2, Path::new("/tmp/a \"quoted\": #dir"), None);
         let config = Config::parse(&configuration(2, &ports, &files), "test").unwrap();
         assert_eq!(config.node_id, 2);
         assert_eq!(config.cluster.members.len(), 3);
         assert_eq!(config.this_member().sql.as_str(), "127.0.0.1:1011");
+        assert_eq!(config.sqlited.metrics_listen, Some(([127, 0, 0, 1], 1012).into()));
+        assert_eq!(config.raftd.metrics_listen, Some(([127, 0, 0, 1], 1013).into()));
         assert_eq!(config.raftd.data_dir, Path::new("/tmp/a \"quoted\": #dir/node2/raft"));
         assert_eq!(config.raftd.socket, Path::new("/tmp/a \"quoted\": #dir/node2/raftd.sock"));
     }

@@ -15,6 +15,10 @@ use resqlite::api::{
     StatusResponse, re_sqlite_client::ReSqliteClient, value::Kind,
 };
 use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic::{Status, transport::Channel};
 
 /// How long anything may take that is bound to happen.
@@ -47,6 +51,7 @@ pub struct Cluster {
 struct Node {
     directory: PathBuf,
     sql_address: String,
+    metrics_ports: [u16; 2],
     raftd: Option<Child>,
     sqlited: Option<Child>,
 }
@@ -104,27 +109,30 @@ impl Cluster {
     /// As [`Cluster::prepare`], with more settings for raftd and for sqlited, each of them a line of YAML.
     pub fn prepare_with(size: usize, raftd: &str, sqlited: &str) -> Self {
         let directory = tempfile::Builder::new().prefix("resqlite-").tempdir().unwrap();
-        let ports = free_ports(size * 2);
+        let ports = free_ports(size * 4);
         let members: String = (0..size)
             .map(|i| {
-                let (raft, sql) = (ports[2 * i], ports[2 * i + 1]);
+                let (raft, sql) = (ports[4 * i], ports[4 * i + 1]);
                 format!("    - {{ id: {}, raft: \"127.0.0.1:{raft}\", sql: \"127.0.0.1:{sql}\" }}\n", i + 1)
             })
             .collect();
         let prepare_node = |i: usize| {
             let node = directory.path().join(format!("node{}", i + 1));
             fs::create_dir_all(&node).unwrap();
-            let (raft, sql, at) = (ports[2 * i], ports[2 * i + 1], node.display());
+            let (raft, sql, at) = (ports[4 * i], ports[4 * i + 1], node.display());
+            let metrics_ports @ [raftd_metrics, sqlited_metrics] = [ports[4 * i + 2], ports[4 * i + 3]];
             let config = format!(
                 "node_id: {}\ncluster:\n  name: test\n  members:\n{members}raftd:\n  listen: 127.0.0.1:{raft}\n  \
-                 data_dir: {at}/raft\n  socket: {at}/raftd.sock\n{}sqlited:\n  listen: 127.0.0.1:{sql}\n  \
-                 data_dir: {at}/sql\n{}",
+                 data_dir: {at}/raft\n  socket: {at}/raftd.sock\n  metrics_listen: 127.0.0.1:{raftd_metrics}\n{}\
+                 sqlited:\n  listen: 127.0.0.1:{sql}\n  data_dir: {at}/sql\n  \
+                 metrics_listen: 127.0.0.1:{sqlited_metrics}\n{}",
                 i + 1,
                 indented(raftd),
                 indented(sqlited)
             );
             fs::write(node.join("resqlite.yaml"), config).unwrap();
-            Node { directory: node, sql_address: format!("127.0.0.1:{sql}"), raftd: None, sqlited: None }
+            let sql_address = format!("127.0.0.1:{sql}");
+            Node { directory: node, sql_address, metrics_ports, raftd: None, sqlited: None }
         };
         let nodes = (0..size).map(prepare_node).collect();
         Self { directory, nodes }
@@ -233,6 +241,22 @@ impl Cluster {
     /// The most memory that a daemon ever had resident.
     pub fn peak_resident_bytes(&self, node: usize, daemon: Daemon) -> u64 {
         peak_resident_bytes(self.pid(node, daemon)).expect("the daemon runs")
+    }
+
+    /// Asks a daemon over HTTP for one of `/metrics`, `/livez` and `/readyz`: status and body, when it answers.
+    pub async fn watch(&self, node: usize, daemon: Daemon, path: &str) -> Option<(u16, String)> {
+        let [raftd, sqlited] = self.nodes[node].metrics_ports;
+        let port = if daemon == Daemon::Raftd { raftd } else { sqlited };
+        let asked = async {
+            let mut stream = TcpStream::connect(("127.0.0.1", port)).await.ok()?;
+            let request = format!("GET {path} HTTP/1.1\r\nhost: node\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.ok()?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.ok()?;
+            let (head, body) = answer.split_once("\r\n\r\n")?;
+            Some((head.split(' ').nth(1)?.parse().ok()?, body.to_owned()))
+        };
+        tokio::time::timeout(DEADLINE, asked).await.ok()?
     }
 
     /// Where clients reach a node.

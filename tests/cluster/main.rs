@@ -18,6 +18,7 @@ mod harness;
 mod large_results;
 mod logictest;
 mod logictest_format;
+mod monitoring;
 mod optimistic;
 mod playground;
 mod random_scripts;

@@ -16,6 +16,8 @@ use std::{
 
 use raft::{Entry, HardState, Index, Install, Position};
 
+use crate::metrics::WriterMetrics;
+
 use super::{
     cache::{LogReader, ReadError, SharedWindow},
     error::StoreError,
@@ -211,6 +213,11 @@ impl Queue {
         Ok(())
     }
 
+    /// The bytes of the entries that wait.
+    pub(super) fn waiting_bytes(&self) -> usize {
+        self.lock().bytes
+    }
+
     fn close(&self) {
         self.lock().closed = true;
         self.changed.notify_all();
@@ -301,6 +308,8 @@ pub(super) struct LogThread {
     pub(super) _lock: Option<Arc<DirectoryLock>>,
     /// How much the mark was raised since it was last synced.
     pub(super) unsynced_mark_bytes: usize,
+    /// Where somebody counts.
+    pub(super) metrics: Option<WriterMetrics>,
 }
 
 impl LogThread {
@@ -319,7 +328,7 @@ impl LogThread {
         match self.queue.next(patience) {
             Next::Group(group) => {
                 let number = group.number;
-                self.write(group)?;
+                self.write_measured(group)?;
                 self.window.lock().persisted(number);
                 report(number);
                 self.discard_some()?;
@@ -339,6 +348,20 @@ impl LogThread {
             }
         }
         Ok(Turn::Done)
+    }
+
+    fn write_measured(&mut self, group: Write) -> Result<(), StoreError> {
+        let Some(metrics) = self.metrics.clone().filter(|_| !group.entries.is_empty()) else {
+            return self.write(group);
+        };
+        let bytes: usize = group.entries.iter().map(Entry::size_bytes).sum();
+        metrics.append_batch.observe(group.entries.len() as f64);
+        let (work, timer) = (metrics.busy.begin(), metrics.append.start_timer());
+        self.write(group)?;
+        timer.observe_duration();
+        metrics.appended_bytes.inc_by(bytes as u64);
+        drop(work);
+        Ok(())
     }
 
     fn write(&mut self, group: Write) -> Result<(), StoreError> {

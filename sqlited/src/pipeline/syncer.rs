@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use prometheus::Histogram;
 use tokio::sync::watch;
 
 use super::Progress;
@@ -28,6 +29,7 @@ pub(super) struct Syncer {
     wal: Durability,
     shared: Arc<Shared>,
     publish: watch::Sender<Progress>,
+    latency: Histogram,
 }
 
 struct Shared {
@@ -84,17 +86,20 @@ impl Syncer {
         wal: Durability,
         applied_index: u64,
         publish: watch::Sender<Progress>,
+        latency: Histogram,
     ) -> (Self, ToSync) {
         let news = News { applied_index, wake_at: applied_index + 1, replaced: None, ended: false };
         let shared = Arc::new(Shared { news: Mutex::new(news), far_enough: Condvar::new() });
-        (Self { wal, shared: Arc::clone(&shared), publish }, ToSync(shared))
+        (Self { wal, shared: Arc::clone(&shared), publish, latency }, ToSync(shared))
     }
 
     /// Runs until the applying thread has ended. After an error no later sync of the file could be trusted.
     pub(super) fn run(mut self) -> io::Result<()> {
         let mut durable_index = 0;
         while let Some(seen) = self.next(durable_index) {
+            let timer = self.latency.start_timer();
             durable_index = self.wal.sync()?;
+            timer.observe_duration();
             self.publish.send_replace(Progress { applied_index: seen.max(durable_index), durable_index });
         }
         Ok(())

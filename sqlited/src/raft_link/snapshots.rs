@@ -26,6 +26,7 @@ use super::{SessionEnd, closed_by_raftd};
 use crate::{
     apply::Position,
     facts::Facts,
+    metrics::Metrics,
     pipeline,
     snapshot::{self, Announced, Incoming, PartReader, Users},
 };
@@ -42,12 +43,19 @@ pub struct SnapshotExchange {
     bytes_per_second: u64,
     /// Held by whoever writes the incoming file. A thread may outlive the session that it worked for.
     incoming_file: Arc<Mutex<()>>,
+    metrics: Metrics,
 }
 
 impl SnapshotExchange {
     /// For the database of this cluster; `bytes_per_second` bounds the sending of one snapshot.
-    pub fn new(database: PathBuf, cluster_id: u64, users: Users, bytes_per_second: u64) -> Self {
-        Self { database, cluster_id, users, bytes_per_second, incoming_file: Arc::default() }
+    pub fn new(
+        database: PathBuf,
+        cluster_id: u64,
+        users: Users,
+        bytes_per_second: u64,
+        metrics: Metrics,
+    ) -> Self {
+        Self { database, cluster_id, users, bytes_per_second, incoming_file: Arc::default(), metrics }
     }
 }
 
@@ -63,7 +71,9 @@ impl Received {
     pub(super) async fn replace_database(self, pipeline: &pipeline::Handle, exchange: &SnapshotExchange) {
         let index = self.incoming.position().applied_index;
         let exclusive = exchange.users.exclude().await;
-        match pipeline.replace(self.incoming, exclusive).await {
+        let replaced = pipeline.replace(self.incoming, exclusive).await;
+        exchange.metrics.snapshot("received", matches!(replaced, Some(Ok(()))));
+        match replaced {
             Some(Ok(())) => tracing::info!(index, "the database was replaced by a snapshot"),
             Some(Err(reason)) => tracing::warn!(index, reason, "a snapshot was not installed"),
             // Its end ends the daemon.
@@ -103,13 +113,17 @@ pub(super) async fn exchange(
                 Err(status) => return status.into(),
             },
             Some(sent) = sending.join_next() => {
+                exchange.metrics.snapshot("sent", matches!(sent, Ok(Ok(()))));
                 if let Ok(Err(reason)) = sent {
                     tracing::warn!(reason, "a snapshot could not be sent");
                 }
             }
             Some(received) = receiving.join_next() => match received {
                 Ok(Ok(received)) => return SessionEnd::Received(Box::new(received)),
-                Ok(Err(reason)) => tracing::warn!(reason, "a snapshot could not be received"),
+                Ok(Err(reason)) => {
+                    exchange.metrics.snapshot("received", false);
+                    tracing::warn!(reason, "a snapshot could not be received");
+                }
                 // Given up for another one.
                 Err(_) => {}
             },

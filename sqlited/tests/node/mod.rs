@@ -27,7 +27,7 @@ use resqlite::{
     config::Config,
     daemon::Shutdown,
 };
-use sqlited::RunError;
+use sqlited::{Listeners, RunError};
 use tempfile::TempDir;
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -407,7 +407,8 @@ impl Node {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = Shutdown::new();
-        let running = tokio::spawn(sqlited::run(config.clone(), listener, shutdown.clone()));
+        let listeners = Listeners { sql: listener, metrics: None };
+        let running = tokio::spawn(sqlited::run(config.clone(), listeners, shutdown.clone()));
         let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy();
         Self { raftd, process, shutdown, running, channel, socket, directory, config }
     }
