@@ -4,7 +4,10 @@
 //! form (a missing body, an unknown kind), never for Raft's rules: those are
 //! the core's.
 
-use raft::{Append, AppendResponse, Appended, Body, DropReason, Entry, EntryKind, ForwardOutcome, Message};
+use raft::{
+    Append, AppendResponse, Appended, Body, DropReason, Entry, EntryKind, ForwardOutcome, LogEnd, Message,
+    Standing,
+};
 use resqlite::api::{self, peer_message::Body as Wire};
 
 /// A peer's message that has no meaning in this version.
@@ -22,8 +25,6 @@ pub struct Malformed {
 pub struct Envelope {
     /// Which cluster this node belongs to.
     pub cluster_id: u64,
-    /// Which life of this node's data directory speaks.
-    pub incarnation: u64,
 }
 
 /// A core message as it goes on the wire.
@@ -33,9 +34,10 @@ pub fn to_wire(message: Message, envelope: Envelope) -> api::PeerMessage {
         from: message.from,
         to: message.to,
         term: message.term,
-        incarnation: envelope.incarnation,
+        incarnation: message.incarnation,
         // Not the core's business: the sending task puts it in.
         shortage: String::new(),
+        standing: standing_to_wire(message.standing).into(),
         body: Some(body_to_wire(message.body)),
     }
 }
@@ -45,7 +47,28 @@ pub fn from_wire(message: api::PeerMessage) -> Result<Message, Malformed> {
     let from = message.from;
     let body = message.body.ok_or("it has no body this version knows");
     let body = body.and_then(body_from_wire).map_err(|what| Malformed { from, what })?;
-    Ok(Message { from, to: message.to, term: message.term, body })
+    let standing = standing_from_wire(message.standing).map_err(|what| Malformed { from, what })?;
+    let api::PeerMessage { to, term, incarnation, .. } = message;
+    Ok(Message { from, to, term, incarnation, standing, body })
+}
+
+fn standing_to_wire(standing: Standing) -> api::MemberStanding {
+    match standing {
+        Standing::New => api::MemberStanding::New,
+        Standing::Founder => api::MemberStanding::Founder,
+        Standing::Learner => api::MemberStanding::Learner,
+        Standing::Voter => api::MemberStanding::Voter,
+    }
+}
+
+fn standing_from_wire(standing: i32) -> Result<Standing, &'static str> {
+    match api::MemberStanding::try_from(standing) {
+        Ok(api::MemberStanding::New) => Ok(Standing::New),
+        Ok(api::MemberStanding::Founder) => Ok(Standing::Founder),
+        Ok(api::MemberStanding::Learner) => Ok(Standing::Learner),
+        Ok(api::MemberStanding::Voter) => Ok(Standing::Voter),
+        Ok(api::MemberStanding::Unspecified) | Err(_) => Err("it does not say whether its sender counts"),
+    }
 }
 
 /// An entry as it goes on the wire, to peers and to the state machine alike.
@@ -113,6 +136,13 @@ fn body_to_wire(body: Body) -> Wire {
             Wire::ForwardResponse(api::ForwardResponse { batch_id, outcome })
         }
         Body::TimeoutNow => Wire::TimeoutNow(api::TimeoutNow {}),
+        Body::StandingRequest { nonce } => Wire::StandingRequest(api::StandingRequest { nonce }),
+        Body::StandingResponse { nonce, known_incarnation, log_end } => {
+            let LogEnd { index: log_index, term: log_term } = log_end;
+            let response = api::StandingResponse { nonce, known_incarnation, log_index, log_term };
+            Wire::StandingResponse(response)
+        }
+        Body::Promote { incarnation } => Wire::Promote(api::Promote { incarnation }),
     }
 }
 
@@ -150,6 +180,13 @@ fn body_from_wire(body: Wire) -> Result<Body, &'static str> {
             outcome: forward_outcome_from_wire(response.outcome)?,
         },
         Wire::TimeoutNow(api::TimeoutNow {}) => Body::TimeoutNow,
+        Wire::StandingRequest(request) => Body::StandingRequest { nonce: request.nonce },
+        Wire::StandingResponse(response) => Body::StandingResponse {
+            nonce: response.nonce,
+            known_incarnation: response.known_incarnation,
+            log_end: LogEnd { index: response.log_index, term: response.log_term },
+        },
+        Wire::Promote(promote) => Body::Promote { incarnation: promote.incarnation },
     })
 }
 
@@ -250,16 +287,20 @@ mod tests {
             Body::ForwardResponse { batch_id: 1, outcome: Err(DropReason::Transferring) },
             Body::ForwardResponse { batch_id: 1, outcome: Err(DropReason::OutOfRoom) },
             Body::TimeoutNow,
+            Body::StandingRequest { nonce: 3 },
+            Body::StandingResponse { nonce: 3, known_incarnation: 4, log_end: LogEnd { term: 5, index: 6 } },
+            Body::Promote { incarnation: 7 },
         ]
     }
 
     #[test]
     fn every_message_survives_the_wire() {
-        let envelope = Envelope { cluster_id: 99, incarnation: 1 };
-        for body in every_body() {
-            let message = Message { from: 1, to: 2, term: 3, body };
+        let envelope = Envelope { cluster_id: 99 };
+        let standings = [Standing::New, Standing::Founder, Standing::Learner, Standing::Voter];
+        for (body, standing) in every_body().into_iter().zip(standings.into_iter().cycle()) {
+            let message = Message { from: 1, to: 2, term: 3, incarnation: 4, standing, body };
             let wire = to_wire(message.clone(), envelope);
-            assert_eq!((wire.cluster_id, wire.incarnation), (99, 1));
+            assert_eq!((wire.cluster_id, wire.incarnation), (99, 4));
             assert_eq!(from_wire(wire), Ok(message));
         }
     }

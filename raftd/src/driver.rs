@@ -19,7 +19,8 @@ use std::{
 use bytes::Bytes;
 use raft::{
     Appended, DropReason, Index, Log, LogError, Message, Node, NodeId, Position, ProposalResult,
-    ProposeError, Ready, Role, SnapshotFailed, SnapshotOutcome, SoftState, StepError, Term, TransferError,
+    ProposeError, Ready, Role, SnapshotFailed, SnapshotOutcome, SoftState, Standing, StepError, Term,
+    TransferError,
 };
 use resqlite::{
     api::{PeerMessage, ProposalRefusal, ProposalUnknown, proposal_outcome::Outcome},
@@ -138,11 +139,20 @@ pub struct Progress {
     pub leader: Option<NodeId>,
     /// What this node is.
     pub role: Role,
+    /// Whether it counts.
+    pub standing: Standing,
 }
 
 impl Default for Progress {
     fn default() -> Self {
-        Self { commit_index: 0, deliverable_index: 0, term: 0, leader: None, role: Role::Follower }
+        Self {
+            commit_index: 0,
+            deliverable_index: 0,
+            term: 0,
+            leader: None,
+            role: Role::Follower,
+            standing: Standing::New,
+        }
     }
 }
 
@@ -196,6 +206,7 @@ pub struct Driver {
     proposals: Proposals,
     gathered: Gathered,
     soft_state: SoftState,
+    standing: Standing,
     /// How long to wait after the next failure, where the last attempt failed.
     snapshot_retries: BTreeMap<NodeId, Duration>,
     reads: BTreeMap<u64, oneshot::Sender<Option<Index>>>,
@@ -262,6 +273,7 @@ impl Driver {
         let DriverParts { node, envelope, timing, inputs, durable, writer, reader, .. } = parts;
         let DriverParts { peers, progress, snapshots, compaction, room, shortages, handle, metrics, .. } =
             parts;
+        let standing = node.status().standing;
         let soft_state = SoftState { role: node.role(), term: node.status().term, leader: node.leader() };
         Self {
             node,
@@ -283,6 +295,7 @@ impl Driver {
             metrics,
             gathered: Gathered::default(),
             soft_state,
+            standing,
             snapshot_retries: BTreeMap::new(),
             reads: BTreeMap::new(),
             last_read_id: 0,
@@ -456,6 +469,12 @@ impl Driver {
                 entries: ready.entries,
             })?;
         }
+        if let Some(standing) = ready.hard_state.map(|state| state.standing)
+            && standing != self.standing
+        {
+            tracing::info!(?standing, "standing");
+            self.standing = standing;
+        }
         if let Some(soft_state) = ready.soft_state {
             let SoftState { role, term, leader } = soft_state;
             tracing::info!(?role, term, leader, "role");
@@ -562,7 +581,10 @@ impl Driver {
             return;
         }
         let status = self.node.status();
-        let able = status.peers.iter().filter(|(id, peer)| peer.recently_active && self.room.has_room(**id));
+        let able = status
+            .peers
+            .iter()
+            .filter(|(id, peer)| peer.recently_active && peer.counts() && self.room.has_room(**id));
         let Some((&to, _)) = able.max_by_key(|(_, peer)| peer.matched_index) else { return };
         self.handed_over_at = Some(Instant::now());
         match self.node.transfer_leadership(Some(to)) {
@@ -612,6 +634,7 @@ impl Driver {
             term: soft.term,
             leader: soft.leader,
             role: soft.role,
+            standing: self.standing,
         };
         let before = self.progress.send_replace(now);
         if before.commit_index != commit_index {

@@ -25,7 +25,12 @@ pub mod room;
 pub mod snapshots;
 pub mod store;
 
-use std::{collections::BTreeMap, convert::Infallible, sync::atomic::AtomicBool, time::Duration};
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    sync::atomic::AtomicBool,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use resqlite::{
     api::{log_service_server::LogServiceServer, raft_service_server::RaftServiceServer},
@@ -116,13 +121,14 @@ pub async fn run(config: Config, mut listeners: Listeners, shutdown: Shutdown) -
         cache_bytes: config.raftd.cache_bytes,
         cluster_id,
         node_id: config.node_id,
+        incarnation: new_incarnation()?,
     };
     let mut store = Store::open_measured(options, metrics.fsync.clone())?;
     let writing = Busy::default();
     store.count_writes(metrics.of_writer(&writing));
     let reader = store.reader();
     let node = raft::Node::new(core_options(&config)?, store.hard_state(), Box::new(reader.clone()))?;
-    let envelope = Envelope { cluster_id, incarnation: store.incarnation() };
+    let envelope = Envelope { cluster_id };
 
     let (driver, inputs) = DriverHandle::new();
     let (progress, progress_receiver) = watch::channel(Progress::default());
@@ -220,6 +226,15 @@ async fn tell_room(mut room: watch::Receiver<Room>, driver: DriverHandle) -> Inf
     std::future::pending().await
 }
 
+/// The incarnation of a data directory that is made now: the wall clock makes it the highest so far, and random bits make
+/// it unlike any other even where the clock went backward.
+pub(crate) fn new_incarnation() -> Result<u64, getrandom::Error> {
+    let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+    Ok((now_ms << INCARNATION_RANDOM_BITS) | (getrandom::u64()? >> (64 - INCARNATION_RANDOM_BITS)))
+}
+
+const INCARNATION_RANDOM_BITS: u32 = 20;
+
 fn core_options(config: &Config) -> Result<raft::Options, RunError> {
     let ids = config.cluster.members.iter().map(|member| member.id);
     let mut options = raft::Options::new(config.node_id, ids, getrandom::u64()?);
@@ -294,7 +309,13 @@ async fn report_status(mut progress: watch::Receiver<Progress>) -> Infallible {
         let line = {
             let now = progress.borrow_and_update();
             let leader = now.leader.map_or("none".into(), |leader| leader.to_string());
-            format!("{:?}, term {}, leader {leader}", now.role, now.term)
+            match now.standing {
+                raft::Standing::New | raft::Standing::Founder => {
+                    "first start: waits until every member is there".to_owned()
+                }
+                raft::Standing::Learner => format!("Learner, term {}, leader {leader}", now.term),
+                raft::Standing::Voter => format!("{:?}, term {}, leader {leader}", now.role, now.term),
+            }
         };
         if line != shown {
             daemon::notify_status(&line);

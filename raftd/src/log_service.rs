@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use raft::{Index, Log, Position, Role, SnapshotOutcome};
+use raft::{Index, Log, Position, Role, SnapshotOutcome, Standing};
 use resqlite::{
     api::{
         FollowAttach, FollowRequest, FollowResponse, LogStatusRequest, LogStatusResponse, PeerProgress,
@@ -422,15 +422,18 @@ impl LocalLogParts {
     }
 
     fn status_response(&self, status: &raft::Status) -> Result<LogStatusResponse, Status> {
-        let role = match status.role {
-            Role::Follower => RaftRole::Follower,
-            Role::PreCandidate | Role::Candidate => RaftRole::Candidate,
-            Role::Leader => RaftRole::Leader,
+        let role = match (status.standing, status.role) {
+            (Standing::New | Standing::Founder, _) => RaftRole::New,
+            (Standing::Learner, _) => RaftRole::Learner,
+            (Standing::Voter, Role::Follower) => RaftRole::Follower,
+            (Standing::Voter, Role::PreCandidate | Role::Candidate) => RaftRole::Candidate,
+            (Standing::Voter, Role::Leader) => RaftRole::Leader,
         };
         let peers = status.peers.iter().map(|(&node_id, peer)| PeerProgress {
             node_id,
             matched_index: peer.matched_index,
             active: peer.recently_active,
+            counts: peer.counts(),
         });
         Ok(LogStatusResponse {
             node_id: self.node_id,
@@ -446,6 +449,8 @@ impl LocalLogParts {
             version: env!("CARGO_PKG_VERSION").into(),
             peers: peers.collect(),
             free_bytes: self.room.borrow().free_bytes,
+            incarnation: status.incarnation,
+            waits_for: status.waits_for.clone(),
         })
     }
 }

@@ -35,7 +35,7 @@ use std::{
 };
 
 use prometheus::Histogram;
-use raft::{HardState, NodeId, Position};
+use raft::{HardState, Incarnation, NodeId, Position};
 use resqlite::disk::Ballast;
 
 use self::{
@@ -71,9 +71,6 @@ pub fn ballast(data_dir: &Path) -> Ballast {
     Ballast::in_dir(data_dir, BALLAST_BYTES)
 }
 
-/// The incarnation of a directory that was made for a new member.
-const FIRST_INCARNATION: u64 = 1;
-
 /// What [`Store::open`] needs to know.
 #[derive(Clone, Debug)]
 pub struct StoreOptions {
@@ -85,6 +82,8 @@ pub struct StoreOptions {
     pub cluster_id: u64,
     /// This member.
     pub node_id: NodeId,
+    /// If the directory has to be made: its incarnation. See [`raft::HardState::new`].
+    pub incarnation: Incarnation,
 }
 
 /// What a store lies on when that is not a directory, for simulations. See [`Store::open_on`].
@@ -236,11 +235,6 @@ impl Store {
         self.identity
     }
 
-    /// Counts the lives of this member's data directory.
-    pub fn incarnation(&self) -> u64 {
-        self.identity.incarnation
-    }
-
     /// Reads the log, on any thread.
     pub fn reader(&self) -> LogReader {
         self.reader.clone()
@@ -347,10 +341,10 @@ fn create(
 impl State {
     /// Of a member that was never started.
     fn new(options: &StoreOptions) -> Self {
-        let StoreOptions { cluster_id, node_id, .. } = *options;
+        let StoreOptions { cluster_id, node_id, incarnation, .. } = *options;
         Self {
-            identity: Identity { cluster_id, node_id, incarnation: FIRST_INCARNATION },
-            hard_state: HardState::default(),
+            identity: Identity { cluster_id, node_id },
+            hard_state: HardState::new(incarnation),
             base: Position::default(),
             mark: Mark::default(),
             discard_log: false,

@@ -68,6 +68,7 @@ impl StatusSource {
         let link = self.link.state();
         let room = self.facts.room().borrow().clone();
         let commit_index = raftd.commit_index.max(link.borrow().commit_index);
+        let unhealthy = self.facts.health().unwrap_or_else(|| not_counting(&raftd));
         let node = NodeStatus {
             id: self.node_id,
             cluster_name: self.cluster_name.clone(),
@@ -82,7 +83,7 @@ impl StatusSource {
             sqlited_version: env!("CARGO_PKG_VERSION").to_owned(),
             raftd_version: raftd.version,
             sqlite_version: rusqlite::version().to_owned(),
-            unhealthy: self.facts.health().unwrap_or_default(),
+            unhealthy,
             alarm: self.facts.alarm().unwrap_or_default(),
             database_free_bytes: room.free_bytes,
             log_free_bytes: raftd.free_bytes,
@@ -119,6 +120,19 @@ fn role_name(role: RaftRole) -> &'static str {
         RaftRole::Candidate => "candidate",
         RaftRole::Leader => "leader",
         RaftRole::Learner => "learner",
+        RaftRole::New => "new",
+    }
+}
+
+/// Why the node does not count yet, and for whom it waits; empty if it does, or will by itself.
+fn not_counting(raftd: &LogStatusResponse) -> String {
+    let ids: Vec<String> = raftd.waits_for.iter().map(u64::to_string).collect();
+    match raftd.role() {
+        RaftRole::New if ids.is_empty() => "the first start is under way".to_owned(),
+        RaftRole::New => format!("the first start waits for node {}", ids.join(", ")),
+        RaftRole::Learner if ids.is_empty() => String::new(),
+        RaftRole::Learner => format!("does not count before it has heard node {}", ids.join(", ")),
+        RaftRole::Unspecified | RaftRole::Follower | RaftRole::Candidate | RaftRole::Leader => String::new(),
     }
 }
 

@@ -56,10 +56,11 @@ impl Node {
         self.election_timeout = least + self.random_below(spread);
     }
 
-    /// Asks for pre-votes; a lone voter needs none.
+    /// Asks for pre-votes; a lone voter needs none. Whoever does not count only ceases to believe in its leader.
     fn campaign(&mut self) {
-        if self.must_not_lead {
-            // It no longer believes in the leader either, so that its vote is free for whoever campaigns.
+        // Nor does a founder support itself before it holds what the cluster was founded on. In each case the node also
+        // ceases to believe in its leader, so that its vote is free for whoever campaigns.
+        if self.must_not_lead || !self.counts() || self.log.last().end() < self.least_log_end() {
             self.become_follower(self.hard_state.term, None);
             return;
         }
@@ -76,7 +77,8 @@ impl Node {
     /// Begins a term and votes for itself. The requests leave, and the own vote counts, once that is durable.
     pub(crate) fn become_candidate(&mut self, leadership_transfer: bool) {
         self.abandon_requests();
-        self.hard_state = HardState { term: self.hard_state.term + 1, voted_for: Some(self.options.id) };
+        let (term, voted_for) = (self.hard_state.term + 1, Some(self.options.id));
+        self.hard_state = HardState { term, voted_for, ..self.hard_state };
         self.state = State::Candidate(BTreeMap::new());
         self.reset_election_timer();
         self.request_votes(self.hard_state.term, false, leadership_transfer);
@@ -118,6 +120,9 @@ impl Node {
         last: Position,
         leadership_transfer: bool,
     ) {
+        if !self.counts() {
+            return;
+        }
         if term > self.hard_state.term && !leadership_transfer && self.hears_a_leader() {
             // A pre-candidate may know that it is refused. A candidate of a higher term must not pull this node out of
             // a living leader's term: it is not even heard (dissertation, section 4.2.3).
@@ -129,8 +134,7 @@ impl Node {
         if term > self.hard_state.term && !pre_vote {
             self.become_follower(term, None);
         }
-        let own = self.log.last();
-        let up_to_date = (last.term, last.index) >= (own.term, own.index);
+        let up_to_date = last.end() >= self.least_log_end();
         if pre_vote {
             let granted = up_to_date && term > self.hard_state.term && !self.goes_before(from, last);
             let answer_term = if granted { term } else { self.hard_state.term };
@@ -220,7 +224,7 @@ impl Node {
             self.abandon_requests();
         }
         if new_term {
-            self.hard_state = HardState { term, voted_for: None };
+            self.hard_state = HardState { term, voted_for: None, ..self.hard_state };
         }
         let previous = std::mem::replace(&mut self.state, State::Follower { leader });
         if let State::Leader(previous) = previous {

@@ -113,6 +113,9 @@ pub enum Malformed {
     /// The term is 0 where there must be one, or absurdly high.
     #[error("its term is out of range")]
     TermOutOfRange,
+    /// An incarnation is absurdly high.
+    #[error("an incarnation is out of range")]
+    IncarnationOutOfRange,
     /// An index is 0 where there must be one, or absurdly high.
     #[error("an index is out of range")]
     IndexOutOfRange,
@@ -165,6 +168,9 @@ pub enum TransferError {
     /// The successor is not a peer of this node.
     #[error("node {0} is not a peer")]
     UnknownPeer(NodeId),
+    /// A learner's vote does not count, so it cannot lead.
+    #[error("node {0} does not count yet: it is being filled after its disk was lost, or was never started")]
+    NotAVoter(NodeId),
     /// This node is the only member.
     #[error("there is nobody to take over")]
     NoSuccessor,

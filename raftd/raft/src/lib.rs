@@ -99,6 +99,7 @@ mod quorum;
 mod read;
 mod ready;
 mod replication;
+mod standing;
 mod transfer;
 mod types;
 
@@ -109,4 +110,6 @@ pub use node::{Node, SnapshotFailed, SnapshotOutcome, Status};
 pub use options::Options;
 pub use progress::{PeerStatus, ProgressState};
 pub use ready::{ProposalOutcome, ProposalResult, ReadOutcome, Ready, SoftState};
-pub use types::{Entry, EntryKind, HardState, Index, NodeId, Position, Role, Term};
+pub use types::{
+    Entry, EntryKind, HardState, Incarnation, Index, LogEnd, NodeId, Position, Role, Standing, Term,
+};

@@ -8,7 +8,7 @@ use bytes::Bytes;
 
 use crate::{
     error::Malformed,
-    types::{Entry, EntryKind, Index, NodeId, Term},
+    types::{Entry, EntryKind, Incarnation, Index, LogEnd, NodeId, Standing, Term},
 };
 
 /// Terms above this are refused: a single damaged message must not use up all the terms there are.
@@ -16,6 +16,9 @@ const MAX_TERM: Term = 1 << 62;
 
 /// Indexes above this are refused, so that sums of indexes cannot overflow.
 const MAX_INDEX: Index = 1 << 62;
+
+/// Incarnations from here on are refused, so that there is always a higher one.
+const MAX_INCARNATION: Incarnation = u64::MAX - (1 << 32);
 
 /// One message from one node to another.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,8 +29,28 @@ pub struct Message {
     pub to: NodeId,
     /// The sender's term. A pre-vote, and its grant, carry the term of the campaign it is about.
     pub term: Term,
+    /// Which life of the sender's data directory speaks.
+    pub incarnation: Incarnation,
+    /// Whether the sender counts.
+    pub standing: Standing,
     /// What is said.
     pub body: Body,
+}
+
+/// Who speaks: what every message of a node has in common.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Origin {
+    pub(crate) id: NodeId,
+    pub(crate) term: Term,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) standing: Standing,
+}
+
+impl Origin {
+    pub(crate) fn message(self, to: NodeId, body: Body) -> Message {
+        let Self { id, term, incarnation, standing } = self;
+        Message { from: id, to, term, incarnation, standing, body }
+    }
 }
 
 /// What a message says.
@@ -95,6 +118,25 @@ pub enum Body {
     },
     /// The leader tells its successor to campaign at once.
     TimeoutNow,
+    /// A member that does not count asks another how things are.
+    StandingRequest {
+        /// Names the asker's process: it counts only what was said after it began.
+        nonce: u64,
+    },
+    /// Answers [`Body::StandingRequest`]; the answer's term and standing are the answer's main part.
+    StandingResponse {
+        /// As in the question.
+        nonce: u64,
+        /// The highest incarnation of the asker that was heard.
+        known_incarnation: Incarnation,
+        /// The end that a log must reach to have this member's support.
+        log_end: LogEnd,
+    },
+    /// The leader tells a learner that it holds enough to count again.
+    Promote {
+        /// Which incarnation does. Another one does not.
+        incarnation: Incarnation,
+    },
 }
 
 /// Entries for a follower.
@@ -165,6 +207,9 @@ impl Message {
         if self.term > MAX_TERM {
             return Err(Malformed::TermOutOfRange);
         }
+        if self.incarnation > MAX_INCARNATION {
+            return Err(Malformed::IncarnationOutOfRange);
+        }
         match &self.body {
             Body::VoteRequest { last_index, last_term, .. } => {
                 self.require_term()?;
@@ -186,16 +231,26 @@ impl Message {
                 self.require_term()?;
                 response.check()?;
             }
-            Body::Heartbeat { .. } | Body::HeartbeatResponse { .. } | Body::TimeoutNow => {
-                self.require_term()?
-            }
+            Body::Heartbeat { .. }
+            | Body::HeartbeatResponse { .. }
+            | Body::TimeoutNow
+            | Body::Promote { .. } => self.require_term()?,
             Body::Forward { payloads, .. } => {
                 self.require_term()?;
                 if payloads.is_empty() {
                     return Err(Malformed::EmptyBatch);
                 }
             }
+            Body::StandingResponse { known_incarnation, log_end, .. } => {
+                if *known_incarnation > MAX_INCARNATION {
+                    return Err(Malformed::IncarnationOutOfRange);
+                }
+                if log_end.index > MAX_INDEX || log_end.term > MAX_TERM {
+                    return Err(Malformed::IndexOutOfRange);
+                }
+            }
             Body::VoteResponse { .. }
+            | Body::StandingRequest { .. }
             | Body::ReadIndex { .. }
             | Body::ReadIndexResponse { .. }
             | Body::ForwardResponse { .. } => {}

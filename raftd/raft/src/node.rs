@@ -16,13 +16,14 @@ use crate::{
     error::{LogError, NewError, StepError},
     forward::Forwarded,
     log::{Log, RaftLog},
-    message::{AppendResponse, Body, Message},
+    message::{AppendResponse, Body, Message, Origin},
     options::Options,
     progress::{PeerStatus, Progress},
     read::AskedReads,
     ready::{Outbox, Reported, SoftState},
     replication::Leader,
-    types::{HardState, Index, NodeId, Position, Role, Term},
+    standing::Inquiry,
+    types::{HardState, Incarnation, Index, NodeId, Position, Role, Standing, Term},
 };
 
 /// One member of a Raft cluster, without anything that does I/O. See the crate's page.
@@ -48,6 +49,10 @@ pub struct Node {
     /// Batches that the leader was handed, and reads that it was asked for.
     pub(crate) forwarded: Forwarded,
     pub(crate) asked_reads: AskedReads,
+    /// What the others said while this node does not count.
+    pub(crate) inquiry: Inquiry,
+    /// The highest incarnation of every other member that this process has heard.
+    pub(crate) incarnations: BTreeMap<NodeId, Incarnation>,
     pub(crate) outbox: Outbox,
     pub(crate) reported: Reported,
 }
@@ -67,6 +72,12 @@ pub struct Status {
     pub id: NodeId,
     /// What it is.
     pub role: Role,
+    /// Whether it counts.
+    pub standing: Standing,
+    /// Which life of its data directory this is.
+    pub incarnation: Incarnation,
+    /// If it does not count: the members that it has to hear first.
+    pub waits_for: Vec<NodeId>,
     /// Its term.
     pub term: Term,
     /// Whom it voted for in that term.
@@ -104,9 +115,12 @@ impl Node {
         }
         let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
         let life = rng.next_u32();
+        let nonce = if hard_state.standing == Standing::Voter { 0 } else { rng.next_u64() };
         let mut node = Self {
             forwarded: Forwarded::new(life),
             asked_reads: AskedReads::new(life),
+            inquiry: Inquiry::new(nonce),
+            incarnations: BTreeMap::new(),
             options,
             rng,
             log,
@@ -123,6 +137,8 @@ impl Node {
             reported: Reported::new(hard_state, commit_index),
         };
         node.reset_election_timer();
+        // A lone member has nobody to ask.
+        node.conclude();
         Ok(node)
     }
 
@@ -144,6 +160,7 @@ impl Node {
             State::Leader(_) => self.tick_leader(),
             State::Follower { .. } | State::PreCandidate(_) | State::Candidate(_) => self.tick_election(),
         }
+        self.tick_inquiry();
         self.expire_forwarded();
         self.expire_reads();
         self.yield_leadership();
@@ -164,6 +181,23 @@ impl Node {
             return Err(StepError::UnknownPeer(message.from));
         }
         message.check()?;
+        let is_current = self.note_sender(message.from, message.incarnation, message.standing);
+        if let Body::StandingRequest { nonce } = message.body {
+            self.handle_standing_request(message.from, nonce);
+            return Ok(());
+        }
+        if !is_current {
+            return Ok(());
+        }
+        if let Body::StandingResponse { nonce, known_incarnation, log_end } = message.body {
+            let who = (message.from, message.standing, message.term);
+            self.handle_standing_response(who, nonce, known_incarnation, log_end);
+            return Ok(());
+        }
+        // Nothing else is meant for a member that nobody has counted yet, and it has nothing to say to it.
+        if matches!(self.hard_state.standing, Standing::New | Standing::Founder) {
+            return Ok(());
+        }
         if let Body::VoteRequest { pre_vote, last_index, last_term, leadership_transfer } = message.body {
             let last = Position { index: last_index, term: last_term, timestamp_ms: 0 };
             self.handle_vote_request(message.from, message.term, pre_vote, last, leadership_transfer);
@@ -212,8 +246,9 @@ impl Node {
                 self.handle_forward_response(from, batch_id, outcome)
             }
             Body::TimeoutNow => self.handle_timeout_now(from),
-            Body::VoteRequest { .. } => {
-                unreachable!("vote requests are handled before the terms are compared")
+            Body::Promote { incarnation } => self.handle_promote(from, incarnation)?,
+            Body::VoteRequest { .. } | Body::StandingRequest { .. } | Body::StandingResponse { .. } => {
+                unreachable!("they are handled before the terms are compared")
             }
         }
         Ok(())
@@ -237,7 +272,7 @@ impl Node {
     }
 
     /// A leader of this term has spoken.
-    fn follow(&mut self, leader: NodeId) -> Result<(), StepError> {
+    pub(crate) fn follow(&mut self, leader: NodeId) -> Result<(), StepError> {
         match self.leader() {
             Some(known) if known == leader => {}
             Some(known) => {
@@ -307,6 +342,9 @@ impl Node {
         Status {
             id: self.options.id,
             role: self.role(),
+            standing: self.hard_state.standing,
+            incarnation: self.hard_state.incarnation,
+            waits_for: self.waits_for(),
             term: self.hard_state.term,
             voted_for: self.hard_state.voted_for,
             leader: self.leader(),
@@ -317,6 +355,12 @@ impl Node {
             transferring_to,
             peers,
         }
+    }
+
+    /// Who speaks, in this node's own term.
+    pub(crate) fn origin(&self) -> Origin {
+        let HardState { term, incarnation, standing, .. } = self.hard_state;
+        Origin { id: self.options.id, term, incarnation, standing }
     }
 
     pub(crate) fn soft_state(&self) -> SoftState {

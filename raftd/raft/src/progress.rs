@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use crate::types::Index;
+use crate::types::{Incarnation, Index, Standing};
 
 /// How entries are sent to a follower.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +33,15 @@ pub struct PeerStatus {
     pub inflight_bytes: usize,
     /// It was heard of within the last election timeout.
     pub recently_active: bool,
+    /// Whether it counts; unknown until this leader has heard it.
+    pub standing: Option<Standing>,
+}
+
+impl PeerStatus {
+    /// Whether it counts, as far as the leader knows: whoever does not cannot be elected.
+    pub fn counts(&self) -> bool {
+        self.standing.is_none_or(|standing| standing == Standing::Voter)
+    }
 }
 
 /// The appends under way to one follower.
@@ -61,6 +70,11 @@ pub(crate) struct Progress {
     pub(crate) read_round: u64,
     /// The leader's tick at which it was last heard of, or at which the leadership began.
     heard_at_tick: u64,
+    /// Who it said it is, once it was heard in this leadership.
+    introduced: Option<(Incarnation, Standing)>,
+    /// Of a learner: an entry of this term that was appended after it was heard, and is committed without it. 0 when
+    /// there is none.
+    proof: Index,
 }
 
 impl Progress {
@@ -76,7 +90,51 @@ impl Progress {
             check_due: false,
             read_round: 0,
             heard_at_tick: tick,
+            introduced: None,
+            proof: 0,
         }
+    }
+
+    /// The follower says who it is. A later incarnation has forgotten all that the earlier ones acknowledged.
+    pub(crate) fn introduce(&mut self, incarnation: Incarnation, standing: Standing, next: Index, tick: u64) {
+        let standing = match self.introduced {
+            Some((known, before)) if known == incarnation => standing.max(before),
+            Some(_) => {
+                *self = Self::new(next, tick);
+                standing
+            }
+            None => standing,
+        };
+        self.introduced = Some((incarnation, standing));
+    }
+
+    pub(crate) fn incarnation(&self) -> Incarnation {
+        self.introduced.map_or(0, |(incarnation, _)| incarnation)
+    }
+
+    fn standing(&self) -> Option<Standing> {
+        self.introduced.map(|(_, standing)| standing)
+    }
+
+    /// Whether the follower counts. One that was not heard yet has acknowledged nothing that could be counted, and
+    /// gets the benefit of the doubt until an election timeout has passed.
+    pub(crate) fn counts(&self) -> bool {
+        self.standing().is_none_or(|standing| standing == Standing::Voter)
+    }
+
+    /// A learner for which no entry was appended yet.
+    pub(crate) fn needs_proof(&self) -> bool {
+        self.standing() == Some(Standing::Learner) && self.proof == 0
+    }
+
+    pub(crate) fn set_proof(&mut self, index: Index) {
+        self.proof = index;
+    }
+
+    /// Whether it is a learner that may count again.
+    pub(crate) fn has_proof(&self, commit_index: Index) -> bool {
+        let held = self.matched.min(commit_index);
+        self.standing() == Some(Standing::Learner) && self.proof != 0 && held >= self.proof
     }
 
     pub(crate) fn status(&self, recently_active: bool) -> PeerStatus {
@@ -87,6 +145,7 @@ impl Progress {
             inflight_appends: self.inflight.appends.len(),
             inflight_bytes: self.inflight.bytes,
             recently_active,
+            standing: self.standing(),
         }
     }
 
@@ -98,12 +157,27 @@ impl Progress {
         now - self.heard_at_tick < u64::from(ticks)
     }
 
+    /// As [`Progress::was_heard_within`], as far as it counts.
+    pub(crate) fn counts_as_heard(&self, ticks: u32, now: u64) -> bool {
+        self.counts() && self.was_heard_within(ticks, now)
+    }
+
     pub(crate) fn is_replicating(&self) -> bool {
         self.state == ProgressState::Replicate
     }
 
     pub(crate) fn matched(&self) -> Index {
         self.matched
+    }
+
+    /// As [`Progress::matched`], as far as it counts.
+    pub(crate) fn counted_matched(&self) -> Index {
+        if self.counts() { self.matched } else { 0 }
+    }
+
+    /// The last read round that the follower confirmed, as far as it counts.
+    pub(crate) fn counted_read_round(&self) -> u64 {
+        if self.counts() { self.read_round } else { 0 }
     }
 
     pub(crate) fn next(&self) -> Index {

@@ -131,6 +131,7 @@ impl Node {
 
     /// Sends off the reads that have gathered: a leader in a new round, a follower in one question.
     pub(crate) fn start_reads(&mut self) {
+        let origin = self.origin();
         match &mut self.state {
             State::Leader(leader) => {
                 // Before its no-op commits, a new leader does not know how far its predecessors had committed.
@@ -138,7 +139,7 @@ impl Node {
                     return;
                 }
                 leader.reads.begin_round(self.commit_index);
-                leader.heartbeat(self.options.id, self.hard_state.term, self.commit_index, &mut self.outbox);
+                leader.heartbeat(origin, self.commit_index, &mut self.outbox);
                 self.finish_reads();
             }
             State::Follower { leader: Some(leader) } if !self.asked_reads.unasked.is_empty() => {
@@ -158,7 +159,7 @@ impl Node {
         let State::Leader(leader) = &mut self.state else { return };
         let own = self.options.id;
         let confirmed = quorum::reached(&self.options.voters, |node| {
-            if node == own { leader.reads.round } else { leader.progress[&node].read_round }
+            if node == own { leader.reads.round } else { leader.progress[&node].counted_read_round() }
         });
         let mut answers = Vec::new();
         let done = leader.reads.rounds.partition_point(|(round, _, _)| *round <= confirmed);

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use crate::{
     error::LogError,
     log::Install,
-    message::{AppendResponse, Appended, Body, DropReason, Message},
+    message::{AppendResponse, Appended, Body, DropReason, Message, Origin},
     node::Node,
     types::{Entry, HardState, Index, NodeId, Role, Term},
 };
@@ -228,7 +228,7 @@ impl Node {
         self.advance_commit();
     }
 
-    /// Whether term and vote, as they are now, would survive a crash.
+    /// Whether term, vote and standing, as they are now, would survive a crash.
     pub(crate) fn hard_state_is_durable(&self) -> bool {
         self.reported.durable_hard_state == self.hard_state
     }
@@ -244,7 +244,7 @@ impl Node {
             _ => 0,
         };
         let durable = self.hard_state_is_durable() && acknowledged <= self.log.durable();
-        let message = Message { from: self.options.id, to, term, body };
+        let message = Origin { term, ..self.origin() }.message(to, body);
         if durable {
             self.outbox.messages.push(message);
         } else {

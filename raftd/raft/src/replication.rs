@@ -12,7 +12,7 @@ use crate::{
     error::{LogError, Malformed, StepError},
     forward::TakenBatches,
     log::RaftLog,
-    message::{Append, AppendResponse, Appended, Body, Message},
+    message::{Append, AppendResponse, Appended, Body, Origin},
     node::{Node, State},
     options::Options,
     progress::Progress,
@@ -65,13 +65,13 @@ impl Leader {
 
     /// A heartbeat for everybody. It never names a commit index beyond what the peer is known to hold: what lies
     /// there in the peer's log may be something else.
-    pub(crate) fn heartbeat(&mut self, from: NodeId, term: Term, commit_index: Index, outbox: &mut Outbox) {
+    pub(crate) fn heartbeat(&mut self, origin: Origin, commit_index: Index, outbox: &mut Outbox) {
         let read_round = self.reads.round();
         for (peer, progress) in &mut self.progress {
             let commit_index = commit_index.min(progress.matched());
             progress.commit_told = progress.commit_told.max(commit_index);
             let body = Body::Heartbeat { commit_index, read_round };
-            outbox.messages.push(Message { from, to: *peer, term, body });
+            outbox.messages.push(origin.message(*peer, body));
         }
     }
 }
@@ -80,7 +80,7 @@ impl Leader {
 struct Sender<'a> {
     options: &'a Options,
     log: &'a RaftLog,
-    term: Term,
+    origin: Origin,
     commit_index: Index,
     now_tick: u64,
 }
@@ -137,18 +137,19 @@ impl Sender<'_> {
     }
 
     fn push(&self, to: NodeId, body: Body, outbox: &mut Outbox) {
-        outbox.messages.push(Message { from: self.options.id, to, term: self.term, body });
+        outbox.messages.push(self.origin.message(to, body));
     }
 }
 
 impl Node {
     /// On a leader: sends every peer what it may have now.
     pub(crate) fn replicate(&mut self) -> Result<(), LogError> {
+        let origin = self.origin();
         let State::Leader(leader) = &mut self.state else { return Ok(()) };
         let sender = Sender {
             options: &self.options,
             log: &self.log,
-            term: self.hard_state.term,
+            origin,
             commit_index: self.commit_index,
             now_tick: self.ticks,
         };
@@ -162,10 +163,11 @@ impl Node {
     }
 
     pub(crate) fn tick_leader(&mut self) {
+        let origin = self.origin();
         let State::Leader(leader) = &mut self.state else { return };
         leader.heartbeat_elapsed += 1;
         let (own, patience, now) = (self.options.id, self.options.election_ticks, self.ticks);
-        let heard = |node| node == own || leader.progress[&node].was_heard_within(patience, now);
+        let heard = |node| node == own || leader.progress[&node].counts_as_heard(patience, now);
         if !quorum::holds(&self.options.voters, heard) {
             // Cut off from the majority, which may have another leader by now: stop promising anything.
             self.become_follower(self.hard_state.term, None);
@@ -173,7 +175,7 @@ impl Node {
         }
         if leader.heartbeat_elapsed >= self.options.heartbeat_ticks {
             leader.heartbeat_elapsed = 0;
-            leader.heartbeat(self.options.id, self.hard_state.term, self.commit_index, &mut self.outbox);
+            leader.heartbeat(origin, self.commit_index, &mut self.outbox);
             for progress in leader.progress.values_mut() {
                 progress.check_due = progress.is_stalled_at_heartbeat();
             }
@@ -217,7 +219,7 @@ impl Node {
     pub(crate) fn advance_commit(&mut self) {
         let State::Leader(leader) = &mut self.state else { return };
         let (own, durable) = (self.options.id, self.log.durable());
-        let held = |node| if node == own { durable } else { leader.progress[&node].matched() };
+        let held = |node| if node == own { durable } else { leader.progress[&node].counted_matched() };
         let index = quorum::reached(&self.options.voters, held);
         if index < leader.first_index || index <= self.commit_index {
             return;
@@ -339,11 +341,12 @@ impl Node {
         read_round: u64,
     ) -> Result<(), StepError> {
         let last_index = self.log.last().index;
-        if commit_index > last_index {
-            // The leader names only what this node has acknowledged.
+        if commit_index > last_index && self.counts() {
+            // The leader names only what this node has acknowledged. A learner's earlier incarnations may have done
+            // that, and the leader forgets it with the answer.
             return Err(StepError::LogLost { acknowledged: commit_index, last_index });
         }
-        self.commit_up_to(commit_index);
+        self.commit_up_to(commit_index.min(last_index));
         self.send(from, Body::HeartbeatResponse { read_round });
         Ok(())
     }
@@ -363,6 +366,7 @@ impl Node {
             progress.read_round = progress.read_round.max(read_round);
         }
         self.finish_reads();
+        self.promote_if_due(from);
         Ok(())
     }
 }

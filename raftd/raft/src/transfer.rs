@@ -33,11 +33,15 @@ impl Node {
             return Err(TransferError::UnderWay(transfer.to));
         }
         let to = match to {
-            Some(peer) if self.options.is_peer(peer) => peer,
-            Some(stranger) => return Err(TransferError::UnknownPeer(stranger)),
+            Some(peer) => match leader.progress.get(&peer) {
+                Some(progress) if progress.counts() => peer,
+                Some(_) => return Err(TransferError::NotAVoter(peer)),
+                None => return Err(TransferError::UnknownPeer(peer)),
+            },
             None => leader
                 .progress
                 .iter()
+                .filter(|(_, progress)| progress.counts())
                 .max_by_key(|(peer, progress)| {
                     let active = progress.was_heard_within(self.options.election_ticks, self.ticks);
                     (active, progress.matched(), Reverse(**peer))
@@ -89,7 +93,7 @@ impl Node {
     pub(crate) fn handle_timeout_now(&mut self, from: NodeId) {
         let asked_by_leader =
             matches!(self.state, State::Follower { leader: Some(leader) } if leader == from);
-        if asked_by_leader && !self.must_not_lead {
+        if asked_by_leader && self.counts() && !self.must_not_lead {
             self.become_candidate(true);
         }
     }

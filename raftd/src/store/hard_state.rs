@@ -27,7 +27,7 @@ use std::{
 };
 
 use bytes::{Buf, BufMut};
-use raft::{HardState, NodeId, Position};
+use raft::{HardState, LogEnd, NodeId, Position, Standing};
 
 use super::{block_file::BlockFile, error::StoreError, record_log::Mark};
 
@@ -49,8 +49,6 @@ pub struct Identity {
     pub cluster_id: u64,
     /// The member.
     pub node_id: NodeId,
-    /// Counts the lives of this member's data directory.
-    pub incarnation: u64,
 }
 
 /// What the file holds.
@@ -176,11 +174,14 @@ fn encode_slot(sequence: u64, state: &State) -> Vec<u8> {
     let mut block = begin(SLOT_MAGIC);
     let State { identity, hard_state, base, mark, discard_log } = state;
     block.put_u64_le(sequence);
-    for number in [identity.cluster_id, identity.node_id, identity.incarnation, hard_state.term] {
+    for number in [identity.cluster_id, identity.node_id, hard_state.incarnation, hard_state.term] {
         block.put_u64_le(number);
     }
     block.put_u8(hard_state.voted_for.is_some().into());
     block.put_u64_le(hard_state.voted_for.unwrap_or_default());
+    block.put_u8(encode_standing(hard_state.standing));
+    block.put_u64_le(hard_state.log_floor.term);
+    block.put_u64_le(hard_state.log_floor.index);
     for number in [base.index, base.term, base.timestamp_ms, mark.index, mark.term] {
         block.put_u64_le(number);
     }
@@ -192,19 +193,37 @@ fn encode_slot(sequence: u64, state: &State) -> Vec<u8> {
 fn decode_slot(block: &[u8]) -> Result<Option<(u64, State)>, u32> {
     let Some(mut body) = open_block(block, SLOT_MAGIC)? else { return Ok(None) };
     let sequence = body.get_u64_le();
-    let identity = Identity {
-        cluster_id: body.get_u64_le(),
-        node_id: body.get_u64_le(),
-        incarnation: body.get_u64_le(),
-    };
-    let term = body.get_u64_le();
+    let identity = Identity { cluster_id: body.get_u64_le(), node_id: body.get_u64_le() };
+    let (incarnation, term) = (body.get_u64_le(), body.get_u64_le());
     let (has_voted, candidate) = (body.get_u8() != 0, body.get_u64_le());
-    let hard_state = HardState { term, voted_for: has_voted.then_some(candidate) };
+    let Some(standing) = decode_standing(body.get_u8()) else { return Ok(None) };
+    let log_floor = LogEnd { term: body.get_u64_le(), index: body.get_u64_le() };
+    let voted_for = has_voted.then_some(candidate);
+    let hard_state = HardState { term, voted_for, incarnation, standing, log_floor };
     let base =
         Position { index: body.get_u64_le(), term: body.get_u64_le(), timestamp_ms: body.get_u64_le() };
     let mark = Mark { index: body.get_u64_le(), term: body.get_u64_le() };
     let discard_log = body.get_u8() != 0;
     Ok(Some((sequence, State { identity, hard_state, base, mark, discard_log })))
+}
+
+fn encode_standing(standing: Standing) -> u8 {
+    match standing {
+        Standing::New => 1,
+        Standing::Founder => 2,
+        Standing::Learner => 3,
+        Standing::Voter => 4,
+    }
+}
+
+fn decode_standing(byte: u8) -> Option<Standing> {
+    match byte {
+        1 => Some(Standing::New),
+        2 => Some(Standing::Founder),
+        3 => Some(Standing::Learner),
+        4 => Some(Standing::Voter),
+        _ => None,
+    }
 }
 
 fn encode_note(sequence: u64, mark: Mark) -> Vec<u8> {
@@ -258,8 +277,14 @@ mod tests {
 
     fn state(term: u64) -> State {
         State {
-            identity: Identity { cluster_id: 1, node_id: 2, incarnation: 3 },
-            hard_state: HardState { term, voted_for: Some(term % 3 + 1) },
+            identity: Identity { cluster_id: 1, node_id: 2 },
+            hard_state: HardState {
+                term,
+                voted_for: Some(term % 3 + 1),
+                incarnation: 3,
+                standing: Standing::Learner,
+                log_floor: LogEnd { term: 7, index: 8 },
+            },
             base: Position { index: 4, term: 1, timestamp_ms: 5 },
             mark: Mark { index: 40, term: 1 },
             discard_log: false,

@@ -32,7 +32,8 @@ fn crash_child() {
                 .min(store.reader.base().unwrap().index + 3)
                 .min(last - store.reader.base().unwrap().index);
         }
-        let hard_state = new_term.then_some(HardState { term, voted_for: Some(round % 3 + 1) });
+        let hard_state =
+            new_term.then_some(HardState { term, voted_for: Some(round % 3 + 1), ..HardState::new(7) });
         let len = [20, 300, 5_000, 90_000][(round % 4) as usize];
         let added = entries(last + 1..=last + 1 + round % 7, term.max(1), len);
         last += added.len() as u64;

@@ -68,7 +68,7 @@ fn flips(name: &str, count: u64, seed: u64) -> (u64, u64) {
 }
 
 fn flips_in(data_dir: &Path, log: &[Entry], name: &str, count: u64, seed: u64) -> (u64, u64) {
-    let hard_state = HardState { term: 3, voted_for: Some(2) };
+    let hard_state = HardState { term: 3, voted_for: Some(2), ..HardState::new(7) };
     let occupied = occupied_bytes(&data_dir.join(name));
     let unchanged = tempfile::tempdir().unwrap();
     copy_dir(data_dir, unchanged.path());

@@ -83,7 +83,8 @@ impl Model {
         let kept = self.last - replaced.min(self.last - self.base.index);
         // Only a later term replaces entries.
         let hard_state = (kept < self.last || self.hard_state.term == 0).then(|| {
-            self.hard_state = HardState { term: self.hard_state.term + 1, voted_for: None };
+            self.hard_state =
+                HardState { term: self.hard_state.term + 1, voted_for: None, ..self.hard_state };
             self.hard_state
         });
         self.entries.split_off(&(kept + 1));
@@ -95,7 +96,7 @@ impl Model {
     }
 
     fn vote(&mut self, voted_for: Option<u64>) -> Write {
-        self.hard_state = HardState { term: self.hard_state.term + 1, voted_for };
+        self.hard_state = HardState { term: self.hard_state.term + 1, voted_for, ..self.hard_state };
         Write { hard_state: Some(self.hard_state), ..Write::default() }
     }
 
@@ -152,7 +153,7 @@ proptest! {
     #[test]
     fn the_store_equals_the_model_through_every_reopening(steps in prop::collection::vec(step(), 1..40)) {
         let dir = tempfile::tempdir().unwrap();
-        let mut model = Model::default();
+        let mut model = Model { hard_state: HardState::new(7), ..Model::default() };
         let mut store = Running::open(dir.path()).unwrap();
         for step in steps {
             carry_out(&step, &mut model, &mut store);
@@ -306,7 +307,7 @@ proptest! {
         })).unwrap();
 
         // models[n] is what the log holds once write n is durable.
-        let mut models = vec![Model::default()];
+        let mut models = vec![Model { hard_state: HardState::new(7), ..Model::default() }];
         for step in &steps {
             let mut model = models.last().unwrap().clone();
             let write = match step {

@@ -20,7 +20,7 @@ fn a_new_store_is_empty_and_opens_again() {
     let data_dir = dir.path().join("not/there/yet");
     for _ in 0..2 {
         let store = Store::open(options(&data_dir)).unwrap();
-        assert_eq!((store.hard_state(), store.incarnation()), (HardState::default(), 1));
+        assert_eq!(store.hard_state(), HardState::new(7));
         let reader = store.reader();
         assert_eq!((reader.base().unwrap(), reader.last_index().unwrap()), (Position::default(), 0));
         assert!(store.handle().log_bytes() > 0);
@@ -32,7 +32,7 @@ fn everything_is_there_after_a_reopening() {
     let dir = tempfile::tempdir().unwrap();
     let (data_dir, log) = filled(dir.path());
     let store = Running::open(&data_dir).unwrap();
-    assert_eq!(store.hard_state, HardState { term: 3, voted_for: Some(2) });
+    assert_eq!(store.hard_state, HardState { term: 3, voted_for: Some(2), ..HardState::new(7) });
     assert!(store.log() == log);
     assert_eq!(store.reader.term(203).unwrap(), Some(3));
     assert_eq!(store.reader.term(204).unwrap(), None);
@@ -46,7 +46,7 @@ fn a_conflict_replaces_the_end_of_the_log_even_inside_a_record() {
     store.settle();
     store
         .submit(Write {
-            hard_state: Some(HardState { term: 2, voted_for: None }),
+            hard_state: Some(HardState { term: 2, ..HardState::new(7) }),
             entries: entries(5..=6, 2, 60),
             ..Write::default()
         })

@@ -13,7 +13,13 @@ use raftd::store::{LogReader, LogWriter, Store, StoreError, StoreOptions, Write}
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn options(data_dir: &Path) -> StoreOptions {
-    StoreOptions { data_dir: data_dir.to_owned(), cache_bytes: 16 << 20, cluster_id: 0xC1, node_id: 1 }
+    StoreOptions {
+        data_dir: data_dir.to_owned(),
+        cache_bytes: 16 << 20,
+        cluster_id: 0xC1,
+        node_id: 1,
+        incarnation: 7,
+    }
 }
 
 /// An entry whose payload of this length nobody could mistake for another one's.
@@ -63,7 +69,7 @@ impl Running {
     }
 
     pub fn vote(&mut self, term: Term, voted_for: Option<u64>) -> u64 {
-        let hard_state = Some(HardState { term, voted_for });
+        let hard_state = Some(HardState { term, voted_for, ..HardState::new(7) });
         self.submit(Write { hard_state, ..Write::default() }).unwrap()
     }
 

@@ -434,7 +434,7 @@ impl Cluster {
             if self.is_cut(from, to) || self.random.chance(self.weather.loss) {
                 continue;
             }
-            let envelope = Envelope { cluster_id: CLUSTER_ID, incarnation: 1 };
+            let envelope = Envelope { cluster_id: CLUSTER_ID };
             let bytes = Bytes::from(convert::to_wire(message, envelope).encode_to_vec());
             let copies = 1 + u64::from(self.random.chance(self.weather.repetition));
             for _ in 0..copies {

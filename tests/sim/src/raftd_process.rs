@@ -57,6 +57,7 @@ impl Cluster {
             cache_bytes: 0,
             cluster_id: CLUSTER_ID,
             node_id: id,
+            incarnation: host.raftd_life + 1,
         };
         let media = Media {
             hard_state: host.disk.hard_state(),

@@ -3,7 +3,7 @@
 //! | command | what it does |
 //! |---|---|
 //! | `cluster nodes=3 [option=value…]` | makes the nodes; see [`Script::cluster`] for the options |
-//! | `preset 1 terms=1/1/2 [term=2] [vote=1]` | starts a node anew, with a log of entries of these terms |
+//! | `preset 1 terms=1/1/2 [term=2] [vote=1] [standing=learner] [incarnation=1]` | starts a node anew, with a log of entries of these terms |
 //! | `tick 1 [n]` | lets time pass |
 //! | `timeout 1` | lets time pass until the node campaigns |
 //! | `elect 1` | `timeout`, then `stabilize`; the node must lead |
@@ -15,6 +15,7 @@
 //! | `cut 1 2`, `heal` | loses every message between two nodes, until healed |
 //! | `must_not_lead 1 true` | the state machine of the node says whether it cannot be trusted |
 //! | `crash 1`, `restart 1` | loses what was not synced; comes back with the rest |
+//! | `wipe 1 [incarnation=5]` | loses the whole disk; comes back with an empty one |
 //! | `step from=1 to=2 term=3 KIND …` | hands a node a message made by hand; see [`Script::step`] |
 //! | `log 1…`, `status 1…`, `progress 1` | shows the durable log, the node, a leader's view |
 //! | `network` | shows what is under way |
@@ -31,7 +32,7 @@ use bytes::Bytes;
 use goldenscript::{Command, Context};
 use raft::{
     Append, AppendResponse, Body, Entry, EntryKind, HardState, Index, Message, Node, NodeId, Options,
-    Position, Role, SnapshotFailed, Term,
+    Position, Role, SnapshotFailed, Standing, Term,
 };
 use show::{show_message, show_position, show_ready, show_status};
 
@@ -118,6 +119,19 @@ impl goldenscript::Runner for Script {
                 self.disk(id)?.crash(0);
             }
             "restart" => self.start(args.id()?)?,
+            "wipe" => {
+                let id = args.id()?;
+                self.nodes.remove(&id);
+                // Another life has another seed, as its driver must see to.
+                self.options.get_mut(&id).ok_or("no such node")?.seed += 1_000;
+                let incarnation = match args.key("incarnation")? {
+                    Some(incarnation) => incarnation,
+                    None => self.disk(id)?.durable.hard_state.incarnation + 1,
+                };
+                let contents = Contents { hard_state: HardState::new(incarnation), ..Contents::default() };
+                self.disks.insert(id, Disk::holding(id % 2 == 0, contents));
+                self.start(id)?;
+            }
             "leader_unreachable" => {
                 let (id, peer) = (args.id()?, args.id()?);
                 self.with(id, |node| node.leader_unreachable(peer))?;
@@ -184,8 +198,9 @@ impl Script {
             ] {
                 *bound = args.peek(name)?.unwrap_or(*bound);
             }
+            let hard_state = voter_unless(&mut Args::of(args.1))?;
             self.options.insert(id, options);
-            self.disks.insert(id, Disk::new(id % 2 == 0));
+            self.disks.insert(id, Disk::holding(id % 2 == 0, Contents { hard_state, ..Contents::default() }));
             self.start(id)?;
         }
         args.forget_keys();
@@ -197,7 +212,7 @@ impl Script {
         let terms: Vec<Term> = list(&args.key::<String>("terms")?.unwrap_or_default())?;
         let term = args.key("term")?.unwrap_or(terms.last().copied().unwrap_or(0));
         let entries = (1..).zip(terms).map(|(index, term)| payload_entry(index, term, "x")).collect();
-        let hard_state = HardState { term, voted_for: args.key("vote")? };
+        let hard_state = HardState { term, voted_for: args.key("vote")?, ..voter_unless(args)? };
         let disk = Disk::holding(id % 2 == 0, Contents { hard_state, base: Position::default(), entries });
         self.disks.insert(id, disk);
         self.start(id)
@@ -317,10 +332,12 @@ impl Script {
 
     /// Hands over a message: `append prev=2@1 [entries=3@1/4@2] [commit=2]`, `matched=3`, `rejected=5 hint=3@1`,
     /// `heartbeat [commit=2] [round=1]`, `heard [round=1]`, `vote last=3@1`, `pre_vote last=3@1`, `granted`, `refused`,
-    /// `timeout_now`, `forward id=1 payload…`, `read_answer id=1 [index=5]`.
+    /// `timeout_now`, `forward id=1 payload…`, `read_answer id=1 [index=5]`, `promote [of=1]`. The sender is a voter of
+    /// incarnation 1, unless `standing=` or `incarnation=` say otherwise.
     fn step(&mut self, args: &mut Args) -> Result<()> {
         let (from, to): (NodeId, NodeId) = (args.must("from")?, args.must("to")?);
         let term = args.must("term")?;
+        let HardState { standing, incarnation, .. } = voter_unless(args)?;
         let kind = args.next::<String>().unwrap_or_default();
         let body = if let Some(index) = args.key("matched")? {
             Body::AppendResponse(AppendResponse::Matched(index))
@@ -361,6 +378,7 @@ impl Script {
                 "refused" => Body::VoteResponse { pre_vote: false, granted: false },
                 "granted" => Body::VoteResponse { pre_vote: false, granted: true },
                 "timeout_now" => Body::TimeoutNow,
+                "promote" => Body::Promote { incarnation: args.key("of")?.unwrap_or(1) },
                 "forward" => Body::Forward {
                     batch_id: args.must("id")?,
                     payloads: args.rest().into_iter().map(Bytes::from).collect(),
@@ -371,7 +389,7 @@ impl Script {
                 kind => return Err(format!("unknown message {kind}").into()),
             }
         };
-        self.try_with(to, |node| Ok(node.step(Message { from, to, term, body })?))
+        self.try_with(to, |node| Ok(node.step(Message { from, to, term, incarnation, standing, body })?))
     }
 
     fn chosen(&self, args: &mut Args) -> Result<Vec<NodeId>> {
@@ -427,6 +445,23 @@ fn entry(text: &str) -> Result<Entry> {
     let (name, timestamp_ms) = text.split_once('.').unwrap_or((text, "0"));
     let Position { index, term, .. } = position(name)?;
     Ok(Entry { timestamp_ms: timestamp_ms.parse()?, ..payload_entry(index, term, "y") })
+}
+
+fn standing(text: &str) -> Result<Standing> {
+    match text {
+        "new" => Ok(Standing::New),
+        "founder" => Ok(Standing::Founder),
+        "learner" => Ok(Standing::Learner),
+        "voter" => Ok(Standing::Voter),
+        text => Err(format!("{text} is no standing").into()),
+    }
+}
+
+/// What a member says of itself: a voter of incarnation 1, unless the arguments say otherwise.
+fn voter_unless(args: &mut Args) -> Result<HardState> {
+    let standing = args.key::<String>("standing")?.map_or(Ok(Standing::Voter), |name| standing(&name))?;
+    let incarnation = args.key("incarnation")?.unwrap_or(1);
+    Ok(HardState { standing, ..HardState::new(incarnation) })
 }
 
 fn list(text: &str) -> Result<Vec<u64>> {

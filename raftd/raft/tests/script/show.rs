@@ -3,8 +3,8 @@
 use std::fmt::{Result, Write};
 
 use raft::{
-    Append, AppendResponse, Appended, Body, Entry, EntryKind, Message, NodeId, Position, ProposalResult,
-    Ready, Status,
+    Append, AppendResponse, Appended, Body, Entry, EntryKind, HardState, LogEnd, Message, NodeId, Position,
+    ProposalResult, Ready, Standing, Status,
 };
 
 pub fn show_position(position: Position) -> String {
@@ -61,8 +61,17 @@ pub fn show_message(message: &Message) -> String {
         Body::ForwardResponse { outcome: Ok(appended), .. } => show_appended(*appended),
         Body::ForwardResponse { outcome: Err(reason), .. } => format!("dropped, {reason:?}"),
         Body::TimeoutNow => "campaign now".into(),
+        Body::StandingRequest { .. } => "who counts?".into(),
+        Body::StandingResponse { known_incarnation, log_end, .. } => {
+            let floor = format!("{}@{}", log_end.index, log_end.term);
+            format!("this is how I count; log {floor}; known incarnation {known_incarnation}")
+        }
+        Body::Promote { incarnation } => format!("incarnation {incarnation} counts"),
     };
-    format!("{body} (term {})", message.term)
+    match message.standing {
+        Standing::Voter => format!("{body} (term {})", message.term),
+        standing => format!("{body} (term {}, {standing:?})", message.term),
+    }
 }
 
 /// Shows what a node wants done.
@@ -76,6 +85,13 @@ pub fn show_ready(output: &mut String, id: NodeId, ready: &Ready) -> Result {
         if let Some(hard_state) = ready.hard_state {
             let vote = hard_state.voted_for.map_or("none".into(), |vote| format!("n{vote}"));
             write!(output, " term={} vote={vote}", hard_state.term)?;
+            let HardState { standing, incarnation, log_floor, .. } = hard_state;
+            if (standing, incarnation) != (Standing::Voter, 1) {
+                write!(output, " {standing:?} of incarnation {incarnation}")?;
+            }
+            if log_floor != LogEnd::default() {
+                write!(output, " floor={}@{}", log_floor.index, log_floor.term)?;
+            }
         }
         if let Some(install) = ready.install {
             let kept = if install.keep_suffix { "keeping what follows" } else { "dropping the log" };
@@ -133,6 +149,12 @@ pub fn show_status(output: &mut String, status: &Status) -> Result {
         status.durable_index,
         status.last_index
     )?;
+    if status.standing != Standing::Voter {
+        write!(output, " {:?} of incarnation {}", status.standing, status.incarnation)?;
+        if !status.waits_for.is_empty() {
+            write!(output, ", waits for {:?}", status.waits_for)?;
+        }
+    }
     match status.transferring_to {
         Some(peer) => writeln!(output, " transferring to n{peer}"),
         None => writeln!(output),

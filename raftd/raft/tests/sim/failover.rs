@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use raft::{HardState, Message, Node, NodeId, Options, Role};
+use raft::{HardState, Message, Node, NodeId, Options, Role, Standing};
 
-use crate::support::{Disk, Write};
+use crate::support::{Contents, Disk, Write};
 
 const ELECTION_TICKS: u32 = 10;
 
@@ -18,13 +18,14 @@ impl Cluster {
     fn new(count: u64, seed: u64) -> Self {
         let mut cluster = Self { nodes: BTreeMap::new(), disks: BTreeMap::new() };
         for id in 1..=count {
-            let disk = Disk::new(true);
+            let disk = Disk::holding(true, Contents::default());
             let options = Options {
                 election_ticks: ELECTION_TICKS,
                 heartbeat_ticks: 1,
                 ..Options::new(id, 1..=count, seed * 10 + id)
             };
-            cluster.nodes.insert(id, Node::new(options, HardState::default(), disk.log()).unwrap());
+            let voter = HardState { standing: Standing::Voter, ..HardState::default() };
+            cluster.nodes.insert(id, Node::new(options, voter, disk.log()).unwrap());
             cluster.disks.insert(id, disk);
         }
         cluster

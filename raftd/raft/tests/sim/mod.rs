@@ -7,13 +7,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use oracle::Oracle;
-use raft::{HardState, Index, Message, Node, NodeId, Options, Position, Role, SnapshotFailed};
+use raft::{
+    HardState, Incarnation, Index, Message, Node, NodeId, Options, Position, Role, SnapshotFailed, Standing,
+};
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
 };
 
-use crate::support::{Disk, Write};
+use crate::support::{Contents, Disk, Write};
 
 const ELECTION_TICKS: u32 = 10;
 
@@ -26,6 +28,17 @@ struct Host {
     applied: Position,
     applied_durably: Position,
     clock_ms: u64,
+    /// What it held before it lost its disk, until it counts again.
+    lost: Option<Contents>,
+}
+
+impl Host {
+    /// A disk that counts has replaced the lost one.
+    fn may_count_again(&mut self) {
+        if self.disk.durable.hard_state.standing == Standing::Voter {
+            self.lost = None;
+        }
+    }
 }
 
 /// A snapshot on its way.
@@ -51,7 +64,13 @@ pub struct Simulation {
     repetition: u32,
     max_delay: u32,
     crashes: u32,
+    wipes: u32,
     next_id: u64,
+}
+
+/// What a directory holds that was just made.
+fn empty(incarnation: Incarnation) -> Contents {
+    Contents { hard_state: HardState::new(incarnation), ..Contents::default() }
 }
 
 impl Simulation {
@@ -62,12 +81,13 @@ impl Simulation {
         let (loss, repetition, max_delay) =
             ([0, 1, 10, 30][below(4) as usize], [0, 5, 20][below(3) as usize], 1 + below(20));
         let crashes = [0, 1, 4][below(3) as usize];
+        let wipes = [0, 1, 4][below(3) as usize];
         let hosts = (1..=count)
             .map(|id| {
-                let disk = Disk::new(below(2) == 0);
+                let disk = Disk::holding(below(2) == 0, empty(1));
                 let (applied, applied_durably) = (Position::default(), Position::default());
                 let clock_ms = 1_000 + u64::from(below(1_000));
-                (id, Host { node: None, disk, applied, applied_durably, clock_ms })
+                (id, Host { node: None, disk, applied, applied_durably, clock_ms, lost: None })
             })
             .collect();
         let mut simulation = Self {
@@ -83,6 +103,7 @@ impl Simulation {
             repetition,
             max_delay,
             crashes,
+            wipes,
             next_id: 0,
         };
         for id in simulation.ids() {
@@ -130,6 +151,7 @@ impl Simulation {
             max_pending_reads: 20,
             ..Options::new(id, voters, seed)
         };
+        host.may_count_again();
         let hard_state: HardState = host.disk.durable.hard_state;
         let mut node = Node::new(options, hard_state, host.disk.log()).unwrap();
         node.set_clock(host.clock_ms);
@@ -157,6 +179,28 @@ impl Simulation {
                     });
                 }
             }
+        }
+    }
+
+    /// The host loses its whole disk, if fewer than half of the hosts do not count for that reason: no more can be
+    /// lost without losing what was promised.
+    fn wipe(&mut self, id: NodeId) {
+        let lost = self.hosts.values().filter(|host| host.lost.is_some()).count();
+        if self.hosts[&id].lost.is_none() && 2 * (lost + 1) >= self.hosts.len() {
+            return;
+        }
+        self.crash(id);
+        // The state machine may lie on another disk, and the clock that names incarnations may run backward.
+        let (keeps_state, clock_jumps) = (self.chance(300), self.chance(100));
+        let eager = self.chance(500);
+        let host = self.hosts.get_mut(&id).unwrap();
+        let before = std::mem::take(&mut host.disk.durable);
+        let incarnation = before.hard_state.incarnation + u64::from(self.rng.next_u32());
+        host.disk = Disk::holding(eager, empty(if clock_jumps { incarnation / 2 } else { incarnation }));
+        // What was acknowledged last counts; an incarnation that never counted acknowledged nothing.
+        host.lost.get_or_insert(before);
+        if !keeps_state {
+            (host.applied, host.applied_durably) = (Position::default(), Position::default());
         }
     }
 
@@ -192,6 +236,12 @@ impl Simulation {
                     self.crash(id);
                 }
             }
+            96..98 => {
+                let wipes = self.wipes;
+                if self.chance(wipes * 30) {
+                    self.wipe(id);
+                }
+            }
             93..96 if self.hosts[&id].node.is_none() => self.start(id),
             _ => {}
         }
@@ -221,6 +271,7 @@ impl Simulation {
             return;
         }
         let Some((number, messages)) = host.disk.sync(writes) else { return };
+        host.may_count_again();
         self.send(messages);
         self.with(id, |node| node.persisted(number));
     }
@@ -365,7 +416,7 @@ impl Simulation {
             self.oracle.check_commit(
                 ready.commit_index,
                 voters,
-                self.hosts.values().map(|host| &host.disk.durable),
+                self.hosts.values().map(|host| host.lost.as_ref().unwrap_or(&host.disk.durable)),
             );
             for to in ready.snapshots {
                 let base = self.hosts[&id].applied;
@@ -438,6 +489,7 @@ impl Simulation {
         let committed: Index = leader.last_index;
         statuses.iter().all(|status| {
             status.leader == Some(leader.id)
+                && status.standing == Standing::Voter
                 && status.term == leader.term
                 && status.last_index == committed
                 && status.deliverable_index == committed

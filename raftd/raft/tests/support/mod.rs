@@ -101,10 +101,6 @@ pub struct Disk {
 }
 
 impl Disk {
-    pub fn new(eager: bool) -> Self {
-        Self::holding(eager, Contents::default())
-    }
-
     /// A disk that holds something from the start.
     pub fn holding(eager: bool, durable: Contents) -> Self {
         let visible = Arc::new(Mutex::new(durable.clone()));
