@@ -6,6 +6,7 @@
 mod backup;
 mod batch;
 mod bench;
+mod cert;
 mod dot;
 mod input;
 mod interactive;
@@ -33,7 +34,7 @@ use self::{
     render::{Format, Mode},
     shell::Shell,
 };
-use crate::client::{Client, Error};
+use crate::client::{Builder, Client, ClientTlsFiles, Error};
 
 /// What a program that a broken pipe ended reports, as if SIGPIPE had done it.
 const EXIT_BROKEN_PIPE: u8 = 128 + 13;
@@ -62,6 +63,9 @@ enum Command {
     Dump(backup::DumpArguments),
     /// Measure a cluster: a closed loop of clients
     Bench(bench::Arguments),
+    /// Make certificates: for a cluster's nodes and for its clients
+    #[command(subcommand)]
+    Cert(cert::Command),
     /// Speak to a raftd that has no sqlited
     #[command(subcommand)]
     Raft(raft::Command),
@@ -74,6 +78,41 @@ struct Endpoints {
     #[arg(long, env = "RESQLITE_ENDPOINTS", value_name = "HOST:PORT,…", value_delimiter = ',')]
     #[arg(default_value = "127.0.0.1:50051")]
     endpoints: Vec<String>,
+    #[command(flatten)]
+    tls: TlsFiles,
+}
+
+/// How to know the nodes, and be known to them. Without a CA, plain text is spoken.
+#[derive(Clone, Debug, Default, Args)]
+struct TlsFiles {
+    /// Speak TLS, to servers that this CA has signed
+    #[arg(long, env = "RESQLITE_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// Show this certificate, to servers that want one
+    #[arg(long, env = "RESQLITE_CERT", value_name = "FILE", requires_all = ["ca", "key"])]
+    cert: Option<PathBuf>,
+    /// The private key of that certificate
+    #[arg(long, env = "RESQLITE_KEY", value_name = "FILE", requires = "cert")]
+    key: Option<PathBuf>,
+}
+
+impl TlsFiles {
+    /// What every client of this command is built from.
+    fn builder(&self) -> Builder {
+        let files = self.ca.as_ref().map(ClientTlsFiles::new);
+        let files = match (files, &self.cert, &self.key) {
+            (Some(files), Some(cert), Some(key)) => Some(files.identity(cert, key)),
+            (files, ..) => files,
+        };
+        Client::builder().tls(files)
+    }
+}
+
+impl Endpoints {
+    /// A client of all of them.
+    fn builder(&self) -> Builder {
+        self.tls.builder().endpoints(&self.endpoints)
+    }
 }
 
 #[derive(Debug, Args)]
@@ -122,6 +161,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Backup(arguments) => backup::run_backup(arguments).await,
         Command::Dump(arguments) => backup::run_dump(arguments).await,
         Command::Bench(arguments) => bench::run(arguments).await,
+        Command::Cert(command) => cert::run(command),
         Command::Raft(command) => raft::run(command).await,
     }
 }
@@ -144,13 +184,12 @@ fn format_of(mode: Option<Mode>, headers: bool) -> Format {
 }
 
 /// The client of a shell: a query may take as long as it likes, a cluster that is gone may not.
-async fn connect(endpoints: &[String]) -> Result<Client, Error> {
-    let builder = Client::builder().endpoints(endpoints).deadline(None);
-    builder.retry_for(Duration::from_secs(30)).connect().await
+async fn connect(builder: Builder) -> Result<Client, Error> {
+    builder.deadline(None).retry_for(Duration::from_secs(30)).connect().await
 }
 
 async fn run_shell(arguments: ShellArguments) -> ExitCode {
-    let client = match connect(&arguments.cluster.endpoints).await {
+    let client = match connect(arguments.cluster.builder()).await {
         Ok(client) => client,
         Err(error) => return fail(&error.to_string()),
     };

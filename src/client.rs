@@ -65,7 +65,11 @@ use crate::api::{
     self, ExecuteRequest, ExecuteResponse, QueryRequest, ReadOptions, RunRequest, StatusRequest,
     StatusResponse,
 };
-pub use crate::api::{Column, SqlError};
+use crate::tls::{ClientTls, Reloading};
+pub use crate::{
+    api::{Column, SqlError},
+    tls::clients::ClientTlsFiles,
+};
 
 /// What a read must have seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -168,12 +172,20 @@ pub struct Builder {
     consistency: Consistency,
     patience: Patience,
     connect_for: Duration,
+    tls: Option<ClientTlsFiles>,
 }
 
 impl Builder {
     /// The addresses of nodes, `host:port` each. The first is asked first; the others when it fails.
     pub fn endpoints<T: Into<String>>(mut self, endpoints: impl IntoIterator<Item = T>) -> Self {
         self.endpoints = endpoints.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Speak TLS with these files; plain text, which is the default, with `None`. They are read again for each new
+    /// connection once they have changed.
+    pub fn tls(mut self, files: impl Into<Option<ClientTlsFiles>>) -> Self {
+        self.tls = files.into();
         self
     }
 
@@ -207,8 +219,11 @@ impl Builder {
         getrandom::fill(&mut client_id)
             .map_err(|error| Error::Internal(format!("no random numbers: {error}")))?;
         let connect_timeout = self.connect_for.min(Duration::from_secs(3));
+        let tls = self.tls.map(Reloading::<ClientTls>::load).transpose();
+        let tls = tls.map_err(|error| Error::Invalid(error.to_string()))?;
         let shared = Shared {
-            endpoints: Arc::new(Endpoints::new(&self.endpoints, connect_timeout)?),
+            endpoints: Arc::new(Endpoints::new(&self.endpoints, tls.as_ref(), connect_timeout)?),
+            tls,
             ids: Arc::new(Ids::new(client_id)),
             seen_index: AtomicU64::new(0),
         };
@@ -232,6 +247,7 @@ pub struct Client {
 #[derive(Debug)]
 struct Shared {
     endpoints: Arc<Endpoints>,
+    tls: Option<Reloading<ClientTls>>,
     ids: Arc<Ids>,
     /// The highest log index that any answer named.
     seen_index: AtomicU64,
@@ -252,7 +268,13 @@ impl Client {
             consistency: Consistency::default(),
             patience,
             connect_for: Duration::from_secs(5),
+            tls: None,
         }
+    }
+
+    /// The beginning of another client of the same cluster, for one of its nodes perhaps: it has the same TLS.
+    pub fn sibling(&self) -> Builder {
+        Self::builder().tls(self.shared.tls.as_ref().map(|tls| tls.source().clone()))
     }
 
     /// The same client, reading with another consistency.

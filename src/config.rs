@@ -4,6 +4,8 @@
 //! person who has just edited the file knows where to look. This is the only
 //! file that may name `serde_yaml`.
 
+mod tls;
+
 use std::{
     collections::BTreeSet,
     fmt, fs, iter,
@@ -13,6 +15,8 @@ use std::{
 };
 
 use serde::{Deserialize, Deserializer, de};
+
+pub use self::tls::{PeerTlsFiles, SqlTlsFiles};
 
 /// Where both daemons look for their configuration unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/resqlite/resqlite.yaml";
@@ -77,6 +81,10 @@ pub struct Member {
 pub struct Raftd {
     /// Where it listens for its peers.
     pub listen: SocketAddr,
+    /// How peers are encrypted and known; without it they speak plain text.
+    pub tls: Option<PeerTlsFiles>,
+    /// The decision to speak plain text to peers although others may listen, and speak, on that network.
+    pub allow_plaintext_on_network: bool,
     /// Where the durable log lies.
     pub data_dir: PathBuf,
     /// The Unix socket on which it serves the sqlited beside it.
@@ -98,6 +106,10 @@ pub struct Raftd {
 pub struct Sqlited {
     /// Where it listens for clients.
     pub listen: SocketAddr,
+    /// How clients are encrypted and known; without it they speak plain text.
+    pub tls: Option<SqlTlsFiles>,
+    /// The decision to speak plain text to clients although others may listen, and speak, on that network.
+    pub allow_plaintext_on_network: bool,
     /// Where the database lies, as `resqlite.db`.
     pub data_dir: PathBuf,
     /// How many reads may run at the same time, each on a connection of its own.
@@ -136,6 +148,8 @@ impl Default for Raftd {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 50050)),
+            tls: None,
+            allow_plaintext_on_network: false,
             data_dir: "/var/lib/resqlite/raft".into(),
             socket: "/run/resqlite/raftd.sock".into(),
             cache_bytes: 64 << 20,
@@ -150,6 +164,8 @@ impl Default for Sqlited {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 50051)),
+            tls: None,
+            allow_plaintext_on_network: false,
             data_dir: "/var/lib/resqlite/sql".into(),
             readers: 4,
             max_request_bytes: 16 << 20,
@@ -171,6 +187,12 @@ impl Address {
     /// The `host:port` text.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The host alone; an IPv6 address without its brackets.
+    pub fn host(&self) -> &str {
+        let host = self.0.rsplit_once(':').map_or(self.0.as_str(), |(host, _)| host);
+        host.trim_start_matches('[').trim_end_matches(']')
     }
 }
 
@@ -302,6 +324,7 @@ impl Config {
             return Err(("name", 0, "the cluster's name must not be empty".into()));
         }
         self.check_listeners()?;
+        tls::check(self)?;
         self.check_numbers()
     }
 
@@ -382,8 +405,14 @@ fn without_location(message: &str) -> String {
     message.split(" at line ").next().unwrap_or(message).to_owned()
 }
 
-/// The line of the `nth` occurrence of `key:`; 1 when the key is not written (a default was wrong).
+/// The line of the `nth` occurrence of `key:`, which may be `section.key`; 1 when the key is not written (a default
+/// was wrong).
 fn line_of_key(text: &str, key: &str, nth: usize) -> usize {
+    if let Some((section, key)) = key.split_once('.') {
+        let above = line_of_key(text, section, 0) - 1;
+        let rest: Vec<&str> = text.lines().skip(above).collect();
+        return above + line_of_key(&rest.join("\n"), key, nth);
+    }
     let is_key = |line: &str| {
         let line = line.trim_start().trim_start_matches("- ").trim_start_matches('{').trim_start();
         line.strip_prefix(key).is_some_and(|rest| rest.trim_start().starts_with(':'))

@@ -70,6 +70,11 @@ impl Default for Shutdown {
 /// Counts the requests to reload the configuration (SIGHUP).
 pub type Reloads = watch::Receiver<u64>;
 
+/// For a daemon that nobody will ask to reload, such as one in a test.
+pub fn no_reloads() -> Reloads {
+    watch::channel(0).1
+}
+
 /// Handles SIGTERM and SIGINT by triggering `shutdown`, and counts SIGHUP, on a thread of its own.
 pub fn handle_signals(shutdown: &Shutdown) -> io::Result<Reloads> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;

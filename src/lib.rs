@@ -9,6 +9,7 @@
 //! - [`disk`]: room on the filesystem of a daemon's data,
 //! - [`status_details`]: how an SQL error travels in a gRPC status,
 //! - [`monitoring`]: metrics and health of a daemon, over HTTP,
+//! - [`tls`]: certificates, and connections that are as good as those,
 //! - [`sql_text`]: where one SQL statement ends and the next begins,
 //! - [`client`]: the asynchronous client library.
 //!
@@ -24,6 +25,7 @@ pub mod disk;
 pub mod monitoring;
 pub mod sql_text;
 pub mod status_details;
+pub mod tls;
 
 #[cfg(feature = "cli")]
 pub mod cli;

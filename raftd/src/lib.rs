@@ -28,6 +28,7 @@ pub mod store;
 use std::{
     collections::BTreeMap,
     convert::Infallible,
+    fmt::Display,
     sync::atomic::AtomicBool,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -35,16 +36,17 @@ use std::{
 use resqlite::{
     api::{log_service_server::LogServiceServer, raft_service_server::RaftServiceServer},
     config::{Config, EXIT_CONFIG},
-    daemon::{self, Shutdown},
+    daemon::{self, Reloads, Shutdown},
     disk::{self, Room, Watermark},
     monitoring::{self, Busy},
+    tls::{Dial, Incoming, PeerTls, Reloading, ServerName, TlsError, names::NodeName, peers::PeerSource},
 };
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::{mpsc, watch},
 };
 use tokio_stream::wrappers::UnixListenerStream;
-use tonic::transport::{Endpoint, Server, server::TcpIncoming};
+use tonic::transport::Server;
 
 use crate::{
     compaction::Compaction,
@@ -93,6 +95,9 @@ pub enum RunError {
         /// What is wrong.
         reason: String,
     },
+    /// The certificates for the peers cannot be used.
+    #[error("raftd.tls: {0}")]
+    Tls(#[from] TlsError),
     /// A listener failed.
     #[error("a listener failed: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -106,14 +111,20 @@ impl RunError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Store(error) if error.is_configuration() => EXIT_CONFIG,
-            Self::Address { .. } => EXIT_CONFIG,
+            Self::Address { .. } | Self::Tls(_) => EXIT_CONFIG,
             _ => 1,
         }
     }
 }
 
 /// Runs the daemon until `shutdown`, or until it must not go on.
-pub async fn run(config: Config, mut listeners: Listeners, shutdown: Shutdown) -> Result<(), RunError> {
+pub async fn run(
+    config: Config,
+    mut listeners: Listeners,
+    reloads: Reloads,
+    shutdown: Shutdown,
+) -> Result<(), RunError> {
+    let tls = PeerSource::of(&config).map(Reloading::<PeerTls>::load).transpose()?;
     let cluster_id = config.cluster_id();
     let metrics = Metrics::new();
     let options = StoreOptions {
@@ -137,7 +148,7 @@ pub async fn run(config: Config, mut listeners: Listeners, shutdown: Shutdown) -
     let snapshots = Snapshots::new(&metrics);
     let (own_shortage, shortage) = watch::channel(None);
     let (refusal, refused) = watch::channel(None);
-    let peers = start_peers(&config, envelope, &shortage, &driver)?;
+    let peers = start_peers(&config, tls.as_ref(), envelope, &shortage, &driver)?;
     let parts = DriverParts {
         node,
         envelope,
@@ -196,7 +207,8 @@ pub async fn run(config: Config, mut listeners: Listeners, shutdown: Shutdown) -
     tracing::info!(node = config.node_id, cluster = config.cluster.name, "raftd is up");
     let result = tokio::select! {
         result = Driver::new(parts).run(shutdown.clone()) => result.map_err(RunError::from),
-        result = serve(&config, listeners, local, peer_service) => result,
+        result = serve(&config, listeners, tls.clone(), local, peer_service) => result,
+        never = keep_certificates(tls, reloads) => match never {},
         never = daemon::feed_watchdog() => match never {},
         never = monitoring::serve(watchers, watched) => match never {},
         never = report_status(progress_receiver) => match never {},
@@ -263,6 +275,7 @@ fn max_payload_bytes(config: &Config) -> usize {
 
 fn start_peers(
     config: &Config,
+    tls: Option<&Reloading<PeerTls>>,
     envelope: Envelope,
     shortage: &watch::Receiver<Shortage>,
     driver: &DriverHandle,
@@ -270,10 +283,18 @@ fn start_peers(
     let patience = Duration::from_millis(config.cluster.election_timeout_ms);
     let others = config.cluster.members.iter().filter(|member| member.id != config.node_id);
     let start = |member: &resqlite::config::Member| {
-        let endpoint = Endpoint::from_shared(format!("http://{}", member.raft))
-            .map_err(|error| RunError::Address { id: member.id, reason: error.to_string() })?;
+        let unusable = |error: &dyn Display| RunError::Address { id: member.id, reason: error.to_string() };
+        let dial = match tls.cloned() {
+            None => Dial::plain(member.raft.clone()),
+            Some(tls) => {
+                let name = NodeName { cluster: config.cluster.name.clone(), id: member.id }.dns_name();
+                let name = ServerName::try_from(name).map_err(|error| unusable(&error))?;
+                Dial::tls(member.raft.clone(), name, move || tls.current().client.clone())
+            }
+        };
+        let dial = dial.map_err(|error| unusable(&error))?;
         let options = PeerOptions { node_id: config.node_id, envelope, patience, shortage: shortage.clone() };
-        Ok((member.id, Peer::start(member.id, endpoint, options, driver.clone())))
+        Ok((member.id, Peer::start(member.id, dial, options, driver.clone())))
     };
     others.map(start).collect()
 }
@@ -281,18 +302,23 @@ fn start_peers(
 async fn serve(
     config: &Config,
     listeners: Listeners,
+    tls: Option<Reloading<PeerTls>>,
     local: LocalLogService,
     peer_service: PeerService,
 ) -> Result<(), RunError> {
     let message_bytes = max_payload_bytes(config) + MESSAGE_SLACK_BYTES;
     let keep_alive = Duration::from_millis(config.cluster.election_timeout_ms);
+    let incoming = match tls {
+        None => Incoming::plain(listeners.raft),
+        Some(tls) => Incoming::tls(listeners.raft, move || tls.current().server.clone()),
+    };
     let peers = Server::builder()
         .http2_keepalive_interval(Some(keep_alive))
         .http2_keepalive_timeout(Some(keep_alive))
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(16 << 20)
         .add_service(RaftServiceServer::new(peer_service).max_decoding_message_size(message_bytes))
-        .serve_with_incoming(TcpIncoming::from(listeners.raft).with_nodelay(Some(true)));
+        .serve_with_incoming(incoming);
     let local = Server::builder()
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(16 << 20)
@@ -300,6 +326,17 @@ async fn serve(
         .serve_with_incoming(UnixListenerStream::new(listeners.local));
     tokio::try_join!(peers, local)?;
     Ok(())
+}
+
+/// Keeps the certificates current, or says that there is nothing to reload.
+async fn keep_certificates(tls: Option<Reloading<PeerTls>>, mut reloads: Reloads) -> Infallible {
+    if let Some(tls) = tls {
+        return tls.keep(reloads).await;
+    }
+    while reloads.changed().await.is_ok() {
+        tracing::info!("nothing in raftd's configuration can be reloaded; restart it to apply changes");
+    }
+    std::future::pending().await
 }
 
 /// Keeps the line that `systemctl status` shows.

@@ -30,13 +30,17 @@ fn main() -> ExitCode {
 
 async fn start(config: Config, stop_with_stdin: bool) -> ExitCode {
     let shutdown = Shutdown::new();
+    let reloads = match daemon::handle_signals(&shutdown) {
+        Ok(reloads) => reloads,
+        Err(error) => return fail(1, &error),
+    };
     let prepared = prepare(&config, &shutdown, stop_with_stdin).await;
     let listeners = match prepared {
         Ok(listeners) => listeners,
         Err(error) => return fail(1, &error),
     };
     let socket = config.raftd.socket.clone();
-    let result = raftd::run(config, listeners, shutdown).await;
+    let result = raftd::run(config, listeners, reloads, shutdown).await;
     let _ = fs::remove_file(socket);
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -45,12 +49,6 @@ async fn start(config: Config, stop_with_stdin: bool) -> ExitCode {
 }
 
 async fn prepare(config: &Config, shutdown: &Shutdown, stop_with_stdin: bool) -> io::Result<Listeners> {
-    let mut reloads = daemon::handle_signals(shutdown)?;
-    tokio::spawn(async move {
-        while reloads.changed().await.is_ok() {
-            tracing::info!("nothing in raftd's configuration can be reloaded; restart it to apply changes");
-        }
-    });
     if stop_with_stdin {
         daemon::stop_with_stdin(shutdown)?;
     }

@@ -8,7 +8,10 @@
 use std::time::Duration;
 
 use raft::{Body, Message, NodeId};
-use resqlite::api::{PeerMessage, raft_service_client::RaftServiceClient};
+use resqlite::{
+    api::{PeerMessage, raft_service_client::RaftServiceClient},
+    tls::Dial,
+};
 use tokio::{
     sync::{
         mpsc::{self, error::TrySendError},
@@ -17,7 +20,7 @@ use tokio::{
     time::timeout,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use crate::{
     convert::{self, Envelope},
@@ -65,25 +68,27 @@ struct VoteSender {
 
 impl Peer {
     /// Starts the task; it ends when the handle is dropped.
-    pub fn start(id: NodeId, endpoint: Endpoint, options: PeerOptions, driver: DriverHandle) -> Self {
+    pub fn start(id: NodeId, dial: Dial, options: PeerOptions, driver: DriverHandle) -> Self {
         // A dead host sends no RST: keep-alives find it in seconds rather than in TCP's quarter of an hour.
-        let endpoint = endpoint
-            .connect_timeout(options.patience)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(options.patience)
-            .keep_alive_timeout(options.patience)
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(8 << 20)
-            .initial_connection_window_size(16 << 20);
+        let dial = dial.with(|endpoint| {
+            endpoint
+                .connect_timeout(options.patience)
+                .tcp_nodelay(true)
+                .http2_keep_alive_interval(options.patience)
+                .keep_alive_timeout(options.patience)
+                .keep_alive_while_idle(true)
+                .initial_stream_window_size(8 << 20)
+                .initial_connection_window_size(16 << 20)
+        });
         let (queue, receiver) = mpsc::channel(QUEUE_MESSAGES);
         let votes =
-            VoteSender { channel: endpoint.connect_lazy(), options: options.clone(), driver: driver.clone() };
+            VoteSender { channel: dial.connect_lazy(), options: options.clone(), driver: driver.clone() };
         let snapshots = Route {
-            channel: endpoint.connect_lazy(),
+            channel: dial.connect_lazy(),
             cluster_id: options.envelope.cluster_id,
             from: options.node_id,
         };
-        tokio::spawn(Connector { id, endpoint, options, driver }.run(receiver));
+        tokio::spawn(Connector { id, dial, options, driver }.run(receiver));
         Self { id, queue, votes, snapshots }
     }
 
@@ -119,7 +124,7 @@ impl VoteSender {
 
 struct Connector {
     id: NodeId,
-    endpoint: Endpoint,
+    dial: Dial,
     options: PeerOptions,
     driver: DriverHandle,
 }
@@ -159,7 +164,7 @@ impl Connector {
         &self,
     ) -> Result<(mpsc::Sender<PeerMessage>, tonic::Streaming<PeerMessage>), tonic::Status> {
         let unavailable = |error: tonic::transport::Error| tonic::Status::unavailable(error_chain(&error));
-        let channel = self.endpoint.connect().await.map_err(unavailable)?;
+        let channel = self.dial.connect().await.map_err(unavailable)?;
         // One slot: what waits, waits in our own bounded queue.
         let (messages, receiver) = mpsc::channel(1);
         // The peer answers the headers at once, so that this returns before the first message.

@@ -1,15 +1,19 @@
 //! The receiving side of the raft port: what other raftds say to this one.
 //!
 //! A stranger is refused before the core sees a word of it: every message
-//! carries the cluster id. Reading from a peer's stream waits while the
+//! carries the cluster id, and with TLS the node that it claims to come from
+//! must be the one that the connection's certificate names. Reading from a peer's stream waits while the
 //! driver's queue is full, and HTTP/2 flow control passes that on.
 
 use std::{pin::Pin, time::Duration};
 
 use raft::NodeId;
-use resqlite::api::{
-    InstallSnapshotResponse, PeerMessage, SnapshotChunk, SnapshotHeader, SnapshotPosition,
-    raft_service_server::RaftService,
+use resqlite::{
+    api::{
+        InstallSnapshotResponse, PeerMessage, SnapshotChunk, SnapshotHeader, SnapshotPosition,
+        raft_service_server::RaftService,
+    },
+    tls::Caller,
 };
 use tokio::{
     sync::{oneshot, watch},
@@ -46,8 +50,20 @@ pub struct PeerService {
 }
 
 impl PeerService {
-    /// Refuses strangers, and those who have strayed.
-    fn check_address(&self, cluster_id: u64, from: NodeId, to: NodeId) -> Result<(), Status> {
+    /// Refuses strangers, those who have strayed, and those who speak in another's name.
+    fn check_address(
+        &self,
+        caller: Option<NodeId>,
+        cluster_id: u64,
+        from: NodeId,
+        to: NodeId,
+    ) -> Result<(), Status> {
+        if let Some(caller) = caller.filter(|caller| *caller != from) {
+            return Err(Status::permission_denied(format!(
+                "a message of node {from} came with the certificate of node {caller}: compare node_id and \
+                 raftd.tls.certificate in the configuration of that host"
+            )));
+        }
         if cluster_id != self.cluster_id {
             return Err(Status::failed_precondition(format!(
                 "node {from} belongs to another cluster (id {cluster_id:016x}, here it is {:016x}): \
@@ -65,16 +81,22 @@ impl PeerService {
     }
 
     /// Refuses strangers, and what cannot be understood.
-    fn admit(&self, message: PeerMessage) -> Result<raft::Message, Status> {
-        self.check_address(message.cluster_id, message.from, message.to)?;
+    fn admit(&self, caller: Option<NodeId>, message: PeerMessage) -> Result<raft::Message, Status> {
+        self.check_address(caller, message.cluster_id, message.from, message.to)?;
         convert::from_wire(message).map_err(|error| Status::invalid_argument(error.to_string()))
     }
+}
+
+/// The node that the connection's certificate names; `None` in plain text.
+fn node_of<T>(request: &Request<T>) -> Option<NodeId> {
+    request.extensions().get::<Caller>()?.node()
 }
 
 #[tonic::async_trait]
 impl RaftService for PeerService {
     async fn request_vote(&self, request: Request<PeerMessage>) -> Result<Response<PeerMessage>, Status> {
-        let message = self.admit(request.into_inner())?;
+        let caller = node_of(&request);
+        let message = self.admit(caller, request.into_inner())?;
         if !matches!(message.body, raft::Body::VoteRequest { .. }) {
             return Err(Status::invalid_argument("RequestVote takes vote requests only"));
         }
@@ -91,10 +113,11 @@ impl RaftService for PeerService {
         request: Request<Streaming<PeerMessage>>,
     ) -> Result<Response<Self::AppendEntriesStream>, Status> {
         let service = self.clone();
+        let caller = node_of(&request);
         // Nothing is ever sent but a refusal; the end of this half says that the stream is broken.
         let (refusal, answers) = tokio::sync::mpsc::channel(1);
         tokio::spawn(async move {
-            if let Err(status) = service.receive(request.into_inner()).await {
+            if let Err(status) = service.receive(caller, request.into_inner()).await {
                 tracing::warn!(reason = status.message(), "a peer's stream was refused");
                 service.metrics.error("stream_refused");
                 let _ = refusal.send(Err(status)).await;
@@ -107,13 +130,14 @@ impl RaftService for PeerService {
         &self,
         request: Request<Streaming<SnapshotChunk>>,
     ) -> Result<Response<InstallSnapshotResponse>, Status> {
+        let caller = node_of(&request);
         let mut chunks = request.into_inner();
         let mut first = chunks.message().await?.unwrap_or_default();
         let header = first.header.take();
         let Some(SnapshotHeader { cluster_id, from, to, position: Some(position) }) = header else {
             return Err(Status::invalid_argument("the first chunk has no header"));
         };
-        self.check_address(cluster_id, from, to)?;
+        self.check_address(caller, cluster_id, from, to)?;
         let commit_index = self.progress.borrow().commit_index;
         if position.index <= commit_index {
             // A late one; installing it would rewind the log.
@@ -149,7 +173,11 @@ impl PeerService {
         }
     }
 
-    async fn receive(&self, mut stream: Streaming<PeerMessage>) -> Result<(), Status> {
+    async fn receive(
+        &self,
+        caller: Option<NodeId>,
+        mut stream: Streaming<PeerMessage>,
+    ) -> Result<(), Status> {
         let mut speaker = None;
         // Once for every stream: what an earlier one said may be over.
         let mut shortage = None;
@@ -157,7 +185,7 @@ impl PeerService {
             match stream.message().await {
                 Ok(Some(mut message)) => {
                     let said = std::mem::take(&mut message.shortage);
-                    match self.admit(message) {
+                    match self.admit(caller, message) {
                         Ok(message) => {
                             speaker = Some(message.from);
                             if shortage.as_ref() != Some(&said) {

@@ -51,6 +51,7 @@ pub mod watched;
 pub mod write_path;
 
 use std::{
+    convert::Infallible,
     fs, io,
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
@@ -61,19 +62,17 @@ use std::{
 use resqlite::{
     api::{self, re_sqlite_server::ReSqliteServer},
     config::{Config, EXIT_CONFIG},
-    daemon::{self, Shutdown},
+    daemon::{self, Reloads, Shutdown},
     disk::{self, Ballast, Watermark},
     monitoring::{self, Busy},
+    tls::{Incoming, Reloading, SqlTls, TlsError},
 };
 use tokio::{
     net::TcpListener,
     runtime,
     time::{sleep, timeout},
 };
-use tonic::{
-    server::NamedService,
-    transport::{Server, server::TcpIncoming},
-};
+use tonic::{server::NamedService, transport::Server};
 use tonic_health::pb::health_server::{Health, HealthServer};
 
 use crate::{
@@ -145,6 +144,9 @@ pub enum RunError {
     /// Something that a thread or a connection needs is not to be had.
     #[error("cannot start: {0}")]
     Start(String),
+    /// The certificates for the clients cannot be used.
+    #[error("sqlited.tls: {0}")]
+    Tls(#[from] TlsError),
     /// The listener failed.
     #[error("the listener failed: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -154,7 +156,7 @@ impl RunError {
     /// The process's exit status: 78 when only the operator can help, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::OtherCluster { .. } | Self::DoesNotBelong(_) => EXIT_CONFIG,
+            Self::OtherCluster { .. } | Self::DoesNotBelong(_) | Self::Tls(_) => EXIT_CONFIG,
             _ => 1,
         }
     }
@@ -171,10 +173,20 @@ pub struct Listeners {
 
 /// Runs the daemon until `shutdown`, or until it must not go on. Needs a
 /// runtime with timers; a current-thread one is the fastest.
-pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Result<(), RunError> {
+pub async fn run(
+    config: Config,
+    listeners: Listeners,
+    reloads: Reloads,
+    shutdown: Shutdown,
+) -> Result<(), RunError> {
     let Listeners { sql: listener, metrics: watchers } = listeners;
     let (metrics, applying) = (Metrics::new(), Busy::default());
     metrics.begin_series();
+    let tls = config.sqlited.tls.clone().map(Reloading::<SqlTls>::load).transpose()?;
+    let incoming = match tls.clone() {
+        None => Incoming::plain(listener),
+        Some(tls) => Incoming::tls(listener, move || tls.current().server.clone()),
+    };
     let database = prepare_data_dir(&config.sqlited.data_dir)?;
     let ballast = Ballast::in_dir(&config.sqlited.data_dir, BALLAST_BYTES);
     give_back_if_full(&ballast, &config.sqlited.data_dir)?;
@@ -284,13 +296,14 @@ pub async fn run(config: Config, listeners: Listeners, shutdown: Shutdown) -> Re
         "sqlited is up"
     );
     let result = tokio::select! {
-        served = serve(&config, listener, service, health, CountCalls::new(metrics.clone()), shutdown.clone()) => served,
+        served = serve(&config, incoming, service, health, CountCalls::new(metrics.clone()), shutdown.clone()) => served,
         () = limit_the_stop(&shutdown, &abort, &readers) => Ok(()),
         error = keeper.run(config.cluster_id(), pipeline.handle(), pipeline.progress(), exchange, facts.clone()) => Err(error.into()),
         never = disk::keep_watch(watermark, ballast, facts.room_publisher()) => match never {},
         error = pipeline.deliver(&waiters, &facts) => Err(error.into()),
         never = transactions.expire() => match never {},
         never = upkeep.run() => match never {},
+        never = keep_certificates(tls, reloads) => match never {},
         never = status::keep_health(reporter, link, facts.clone(), metrics.serving.clone()) => match never {},
         never = daemon::feed_watchdog() => match never {},
         never = monitoring::serve(watchers, watched) => match never {},
@@ -344,7 +357,7 @@ fn write_settings(config: &Config) -> WriteSettings {
 /// Serves until `shutdown`, and then until the last request under way has ended.
 async fn serve(
     config: &Config,
-    listener: TcpListener,
+    incoming: Incoming,
     service: Service,
     health: HealthServer<impl Health>,
     calls: CountCalls,
@@ -360,7 +373,6 @@ async fn serve(
     };
     let unreflected = |error| RunError::Start(format!("no reflection: {error}"));
     let request_bytes = config.sqlited.max_request_bytes as usize + limits::MESSAGE_SLACK_BYTES;
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
@@ -378,6 +390,13 @@ async fn serve(
         .serve_with_incoming_shutdown(incoming, async move { shutdown.wait().await })
         .await?;
     Ok(())
+}
+
+async fn keep_certificates(tls: Option<Reloading<SqlTls>>, reloads: Reloads) -> Infallible {
+    match tls {
+        Some(tls) => tls.keep(reloads).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Returns when a stop has taken as long as it may.

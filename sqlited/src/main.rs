@@ -65,9 +65,10 @@ fn start(config: Config, arguments: &Arguments) -> Result<(), Failure> {
         let metrics = monitoring::bind(config.sqlited.metrics_listen).await;
         let metrics = metrics.map_err(|error| Failure::new(error.to_string()))?;
         let listeners = Listeners { sql: listener, metrics };
-        let reloading = sqlited::reload::answer_requests(arguments.config.clone(), config.clone(), reloads);
+        let reloading =
+            sqlited::reload::answer_requests(arguments.config.clone(), config.clone(), reloads.clone());
         tokio::select! {
-            result = sqlited::run(config, listeners, shutdown) => {
+            result = sqlited::run(config, listeners, reloads, shutdown) => {
                 result.map_err(|error| Failure { reason: error.to_string(), exit_code: error.exit_code() })
             }
             never = reloading => match never {},

@@ -33,6 +33,7 @@ fn differences(running: &Config, new: &Config) -> Vec<&'static str> {
             "cluster.election_timeout_ms",
             running.cluster.election_timeout_ms != new.cluster.election_timeout_ms,
         ),
+        ("sqlited.tls", old.tls != fresh.tls),
         ("raftd.socket", running.raftd.socket != new.raftd.socket),
         ("sqlited.listen", old.listen != fresh.listen),
         ("sqlited.data_dir", old.data_dir != fresh.data_dir),

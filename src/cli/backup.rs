@@ -104,7 +104,7 @@ async fn keep(cluster: &Endpoints, format: BackupFormat, file: &Path, force: boo
         Output::File(NewFile::create(file, force).map_err(Failure::Output)?)
     };
     let taken = async {
-        let client = connect(&cluster.endpoints).await?;
+        let client = connect(cluster.builder()).await?;
         let backup = client.backup(format).await?;
         take(backup, &mut output).await
     };

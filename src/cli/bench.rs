@@ -15,8 +15,8 @@ use std::{
 use serde_json::json;
 use tokio::time::{Instant, sleep_until};
 
-use super::{fail, playground};
-use crate::client::{Client, Error, Params, Script, Value};
+use super::{TlsFiles, fail, playground};
+use crate::client::{Builder, Client, Error, Params, Script, Value};
 
 const WARM_UP: Duration = Duration::from_secs(1);
 const VALUE_BYTES: usize = 256;
@@ -32,6 +32,8 @@ pub struct Arguments {
     /// Addresses of nodes [default: a playground of its own]
     #[arg(long, env = "RESQLITE_ENDPOINTS", value_name = "HOST:PORT,…", value_delimiter = ',')]
     endpoints: Vec<String>,
+    #[command(flatten)]
+    tls: TlsFiles,
     /// How many clients, each with one request under way
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..))]
     clients: u16,
@@ -67,18 +69,18 @@ pub async fn run(arguments: Arguments) -> ExitCode {
         let endpoints = playground::temporary().await;
         return match endpoints {
             Ok(cluster) => {
-                let code = measure_and_print(&arguments, cluster.endpoints()).await;
+                let code = measure_and_print(&arguments, cluster.endpoints(), &Client::builder()).await;
                 cluster.stop().await;
                 code
             }
             Err(message) => fail(&message),
         };
     }
-    measure_and_print(&arguments, &arguments.endpoints).await
+    measure_and_print(&arguments, &arguments.endpoints, &arguments.tls.builder()).await
 }
 
-async fn measure_and_print(arguments: &Arguments, endpoints: &[String]) -> ExitCode {
-    match measure(arguments, endpoints).await {
+async fn measure_and_print(arguments: &Arguments, endpoints: &[String], builder: &Builder) -> ExitCode {
+    match measure(arguments, endpoints, builder).await {
         Ok(report) => {
             report.print(arguments);
             ExitCode::SUCCESS
@@ -87,11 +89,11 @@ async fn measure_and_print(arguments: &Arguments, endpoints: &[String]) -> ExitC
     }
 }
 
-async fn measure(arguments: &Arguments, endpoints: &[String]) -> Result<Report, Error> {
-    let endpoints = leader_first(endpoints).await?;
+async fn measure(arguments: &Arguments, endpoints: &[String], builder: &Builder) -> Result<Report, Error> {
+    let endpoints = leader_first(endpoints, builder).await?;
     let mut connections = Vec::new();
     for _ in 0..arguments.connections.min(arguments.clients) {
-        connections.push(Client::connect(&endpoints).await?);
+        connections.push(builder.clone().endpoints(&endpoints).connect().await?);
     }
     prepare(&connections[0]).await?;
 
@@ -132,10 +134,10 @@ async fn measure(arguments: &Arguments, endpoints: &[String]) -> Result<Report, 
 }
 
 /// Where the other systems' drivers go as well: to the leader.
-async fn leader_first(endpoints: &[String]) -> Result<Vec<String>, Error> {
+async fn leader_first(endpoints: &[String], builder: &Builder) -> Result<Vec<String>, Error> {
     let mut sorted = endpoints.to_vec();
     for (position, endpoint) in endpoints.iter().enumerate() {
-        let status = Client::connect([endpoint.as_str()]).await?.status().await?;
+        let status = builder.clone().endpoints([endpoint]).connect().await?.status().await?;
         if status.node.is_some_and(|node| node.role == "leader") {
             sorted.swap(0, position);
         }

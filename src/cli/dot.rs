@@ -120,7 +120,7 @@ fn redirect(shell: &mut Shell, path: Option<&str>) -> io::Result<()> {
 
 async fn show_nodes(shell: &mut Shell) -> Result<(), Stop> {
     let endpoints: Vec<String> = shell.client.endpoints().map(str::to_owned).collect();
-    let nodes = status::gather(&endpoints).await;
+    let nodes = status::gather(&endpoints, &shell.client.sibling()).await;
     Ok(status::write_table(&nodes, &mut shell.out)?)
 }
 

@@ -206,7 +206,7 @@ impl Playground {
     }
 
     async fn run_shell(&self, arguments: &Arguments) -> ExitCode {
-        match connect(&self.endpoints).await {
+        match connect(Client::builder().endpoints(&self.endpoints)).await {
             Ok(client) => run_stdin(Shell::new(client, format_of(arguments.mode, false))).await,
             Err(error) => fail(&error.to_string()),
         }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     api::{self, Member, NodeStatus, StatusResponse, value::Kind},
-    client::{Client, Column, Error, Row},
+    client::{Builder, Column, Error, Row},
 };
 
 /// A node that does not answer within this time counts as unreachable.
@@ -33,7 +33,7 @@ pub struct Arguments {
 
 /// Runs the command: fails if no node answers.
 pub async fn run(arguments: Arguments) -> ExitCode {
-    let nodes = gather(&arguments.cluster.endpoints).await;
+    let nodes = gather(&arguments.cluster.endpoints, &arguments.cluster.tls.builder()).await;
     let mut out = io::stdout().lock();
     let written = match arguments.json {
         true => serde_json::to_writer_pretty(&mut out, &nodes)
@@ -107,8 +107,8 @@ impl Node {
 }
 
 /// Asks the given endpoints, and the members that they know of. In the order of their ids.
-pub async fn gather(endpoints: &[String]) -> Vec<Node> {
-    let mut answers = ask_all(endpoints.to_vec()).await;
+pub async fn gather(endpoints: &[String], builder: &Builder) -> Vec<Node> {
+    let mut answers = ask_all(endpoints.to_vec(), builder).await;
     let members: BTreeMap<u64, Member> = answers
         .iter()
         .filter_map(|(_, answer)| answer.as_ref().ok())
@@ -125,7 +125,7 @@ pub async fn gather(endpoints: &[String]) -> Vec<Node> {
         .filter(|member| !answered(&member.id, &answers) && !asked(&member.sql_address, &answers))
         .map(|member| member.sql_address.clone())
         .collect();
-    answers.extend(ask_all(missing).await);
+    answers.extend(ask_all(missing, builder).await);
 
     let id_of =
         |address: &str| members.values().find(|member| member.sql_address == address).map(|member| member.id);
@@ -147,11 +147,12 @@ pub async fn gather(endpoints: &[String]) -> Vec<Node> {
 type Answer = (String, Result<StatusResponse, Error>);
 
 /// All at the same time; the answers in the order of the addresses.
-async fn ask_all(addresses: Vec<String>) -> Vec<Answer> {
+async fn ask_all(addresses: Vec<String>, builder: &Builder) -> Vec<Answer> {
     let mut asking = JoinSet::new();
     for (position, address) in addresses.into_iter().enumerate() {
+        let builder = builder.clone();
         asking.spawn(async move {
-            let answer = ask(&address).await;
+            let answer = ask(&address, builder).await;
             (position, (address, answer))
         });
     }
@@ -161,8 +162,8 @@ async fn ask_all(addresses: Vec<String>) -> Vec<Answer> {
 }
 
 /// Asks one node what it says of itself.
-pub async fn ask(address: &str) -> Result<StatusResponse, Error> {
-    let builder = Client::builder().endpoints([address]).connect_for(ANSWER_WITHIN).retry_for(Duration::ZERO);
+pub async fn ask(address: &str, builder: Builder) -> Result<StatusResponse, Error> {
+    let builder = builder.endpoints([address]).connect_for(ANSWER_WITHIN).retry_for(Duration::ZERO);
     builder.deadline(Some(ANSWER_WITHIN)).connect().await?.status().await
 }
 

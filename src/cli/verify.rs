@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use super::{Endpoints, connect, fail};
 use crate::{
     api::{Member, TableHash},
-    client::{Client, Error},
+    client::{Builder, Error},
 };
 
 #[derive(Debug, clap::Args)]
@@ -31,20 +31,21 @@ struct Answer {
 /// Runs the command: fails unless every member holds the same.
 pub async fn run(arguments: Arguments) -> ExitCode {
     let timeout = Duration::from_secs(arguments.timeout);
-    match ask_all(&arguments.cluster.endpoints, timeout).await {
+    match ask_all(&arguments.cluster, timeout).await {
         Ok((index, answers)) => report(index, &answers),
         Err(error) => fail(&error.to_string()),
     }
 }
 
-async fn ask_all(endpoints: &[String], timeout: Duration) -> Result<(u64, Vec<Answer>), Error> {
-    let client = connect(endpoints).await?;
+async fn ask_all(cluster: &Endpoints, timeout: Duration) -> Result<(u64, Vec<Answer>), Error> {
+    let client = connect(cluster.builder()).await?;
     let members = client.status().await?.members;
     let index = client.verify().await?;
     let mut asking = JoinSet::new();
     for member in members {
+        let builder = client.sibling();
         asking.spawn(async move {
-            let tables = ask(&member.sql_address, index, timeout).await;
+            let tables = ask(&member.sql_address, builder, index, timeout).await;
             Answer { member, tables }
         });
     }
@@ -53,9 +54,14 @@ async fn ask_all(endpoints: &[String], timeout: Duration) -> Result<(u64, Vec<An
     Ok((index, answers))
 }
 
-async fn ask(address: &str, index: u64, timeout: Duration) -> Result<Vec<TableHash>, Error> {
+async fn ask(
+    address: &str,
+    builder: Builder,
+    index: u64,
+    timeout: Duration,
+) -> Result<Vec<TableHash>, Error> {
     // A node that does not answer at all is soon given up; one that is still hashing is not.
-    let client = Client::builder().endpoints([address]).retry_for(Duration::ZERO).deadline(Some(timeout));
+    let client = builder.endpoints([address]).retry_for(Duration::ZERO).deadline(Some(timeout));
     Ok(client.connect().await?.content_hash(index).await?.tables)
 }
 

@@ -12,13 +12,13 @@ use std::{
 };
 
 use tokio::time::{Instant, sleep, timeout_at};
-use tonic::{
-    Status,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Status, transport::Channel};
 
 use super::error::{Error, Verdict, describe, verdict};
-use crate::api::re_sqlite_client::ReSqliteClient;
+use crate::{
+    api::re_sqlite_client::ReSqliteClient,
+    tls::{ClientTls, Dial, Reloading, ServerName},
+};
 
 /// The largest answer that a client takes, above every limit that servers have on one message.
 const MAX_MESSAGE_BYTES: usize = 96 << 20;
@@ -48,11 +48,15 @@ pub(super) struct Patience {
 
 impl Endpoints {
     /// Takes `host:port` each; at least one.
-    pub fn new(addresses: &[String], connect_timeout: Duration) -> Result<Self, Error> {
+    pub fn new(
+        addresses: &[String],
+        tls: Option<&Reloading<ClientTls>>,
+        connect_timeout: Duration,
+    ) -> Result<Self, Error> {
         if addresses.is_empty() {
             return Err(Error::Invalid("no endpoint was given".into()));
         }
-        let all = addresses.iter().map(|address| connection(address, connect_timeout));
+        let all = addresses.iter().map(|address| connection(address, tls.cloned(), connect_timeout));
         Ok(Self { all: all.collect::<Result<_, _>>()?, current: AtomicUsize::new(0) })
     }
 
@@ -67,18 +71,32 @@ impl Endpoints {
     }
 }
 
-fn connection(address: &str, connect_timeout: Duration) -> Result<(String, Connection), Error> {
+fn connection(
+    address: &str,
+    tls: Option<Reloading<ClientTls>>,
+    connect_timeout: Duration,
+) -> Result<(String, Connection), Error> {
     let wrong = |reason: String| Error::Invalid(format!("\"{address}\" is not an endpoint: {reason}"));
     let parsed: crate::config::Address = address.parse().map_err(wrong)?;
-    let endpoint =
-        Endpoint::from_shared(format!("http://{parsed}")).map_err(|error| wrong(error.to_string()))?;
-    let channel = endpoint
-        .connect_timeout(connect_timeout)
-        .tcp_nodelay(true)
-        .http2_keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE)
-        .keep_alive_while_idle(true)
-        .http2_adaptive_window(true)
+    let dial = match tls {
+        None => Dial::plain(parsed),
+        Some(tls) => {
+            let name = ServerName::try_from(parsed.host().to_owned());
+            let name = name.map_err(|error| wrong(error.to_string()))?;
+            Dial::tls(parsed, name, move || tls.refreshed().client.clone())
+        }
+    };
+    let channel = dial
+        .map_err(|error| wrong(error.to_string()))?
+        .with(|endpoint| {
+            endpoint
+                .connect_timeout(connect_timeout)
+                .tcp_nodelay(true)
+                .http2_keep_alive_interval(KEEP_ALIVE)
+                .keep_alive_timeout(KEEP_ALIVE)
+                .keep_alive_while_idle(true)
+                .http2_adaptive_window(true)
+        })
         .connect_lazy();
     let client = ReSqliteClient::new(channel)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)

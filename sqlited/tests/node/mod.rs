@@ -25,7 +25,7 @@ use resqlite::{
         re_sqlite_client::ReSqliteClient,
     },
     config::Config,
-    daemon::Shutdown,
+    daemon::{Shutdown, no_reloads},
 };
 use sqlited::{Listeners, RunError};
 use tempfile::TempDir;
@@ -408,7 +408,7 @@ impl Node {
         let address = listener.local_addr().unwrap();
         let shutdown = Shutdown::new();
         let listeners = Listeners { sql: listener, metrics: None };
-        let running = tokio::spawn(sqlited::run(config.clone(), listeners, shutdown.clone()));
+        let running = tokio::spawn(sqlited::run(config.clone(), listeners, no_reloads(), shutdown.clone()));
         let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy();
         Self { raftd, process, shutdown, running, channel, socket, directory, config }
     }
