@@ -10,12 +10,14 @@ mod cert;
 mod dot;
 mod input;
 mod interactive;
+mod leader;
 mod new_file;
 mod number;
 mod playground;
 mod progress;
 mod raft;
 mod render;
+mod screen;
 mod shell;
 mod status;
 mod verify;
@@ -55,6 +57,9 @@ enum Command {
     Shell(ShellArguments),
     /// Show every node of the cluster
     Status(status::Arguments),
+    /// Say who is to lead
+    #[command(subcommand)]
+    Leader(leader::Command),
     /// Compare what the nodes hold, while they serve
     Verify(verify::Arguments),
     /// Keep the whole content as of one moment in an SQLite file
@@ -157,6 +162,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Playground(arguments) => playground::run(arguments).await,
         Command::Shell(arguments) => run_shell(arguments).await,
         Command::Status(arguments) => status::run(arguments).await,
+        Command::Leader(command) => leader::run(command).await,
         Command::Verify(arguments) => verify::run(arguments).await,
         Command::Backup(arguments) => backup::run_backup(arguments).await,
         Command::Dump(arguments) => backup::run_dump(arguments).await,

@@ -5,6 +5,7 @@
 
 use std::{
     convert::Infallible,
+    fmt,
     io::{self, IsTerminal, Read},
     thread,
     time::Duration,
@@ -16,7 +17,15 @@ use signal_hook::{
     iterator::Signals,
 };
 use tokio::sync::watch;
-use tracing_subscriber::EnvFilter;
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::{
+    EnvFilter,
+    fmt::{
+        FmtContext, FormatEvent, FormatFields,
+        format::{Format, Writer},
+    },
+    registry::LookupSpan,
+};
 
 /// Starts logging to stderr: for a person on a terminal, one line each otherwise.
 ///
@@ -25,10 +34,54 @@ pub fn init_logging() {
     let filter = EnvFilter::try_from_env("RESQLITE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     // journald stamps the lines itself and says so in JOURNAL_STREAM (systemd.exec(5)).
-    if std::env::var_os("JOURNAL_STREAM").is_some() {
-        builder.without_time().with_ansi(false).init();
+    if is_journal() {
+        builder.event_format(JournalLine).init();
     } else {
         builder.with_ansi(io::stderr().is_terminal()).init();
+    }
+}
+
+/// Says why the program ends, where logging has not begun or nothing of it is left to say.
+pub fn say_fatal(program: &str, error: &dyn std::error::Error) {
+    let priority = if is_journal() { "<3>" } else { "" };
+    eprintln!("{priority}{program}: {error}");
+}
+
+fn is_journal() -> bool {
+    std::env::var_os("JOURNAL_STREAM").is_some()
+}
+
+/// A line as journald takes it from stderr: the priority in front, as in sd-daemon(3), and no time, for it has its own.
+struct JournalLine;
+
+impl<S, N> FormatEvent<S, N> for JournalLine
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        write!(writer, "<{}>", priority(event.metadata().level()))?;
+        // journalctl shows the priority by colour, so the level is not repeated in words.
+        Format::default()
+            .without_time()
+            .with_ansi(false)
+            .with_level(false)
+            .format_event(context, writer, event)
+    }
+}
+
+/// syslog's number for a level.
+fn priority(level: &Level) -> u8 {
+    match *level {
+        Level::ERROR => 3,
+        Level::WARN => 4,
+        Level::INFO => 6,
+        Level::DEBUG | Level::TRACE => 7,
     }
 }
 

@@ -44,6 +44,7 @@ use resqlite::{
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::{mpsc, watch},
+    time::sleep,
 };
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
@@ -339,6 +340,9 @@ async fn keep_certificates(tls: Option<Reloading<PeerTls>>, mut reloads: Reloads
     std::future::pending().await
 }
 
+/// How often the line changes at most.
+const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Keeps the line that `systemctl status` shows.
 async fn report_status(mut progress: watch::Receiver<Progress>) -> Infallible {
     let mut shown = String::new();
@@ -346,17 +350,25 @@ async fn report_status(mut progress: watch::Receiver<Progress>) -> Infallible {
         let line = {
             let now = progress.borrow_and_update();
             let leader = now.leader.map_or("none".into(), |leader| leader.to_string());
+            // What is committed and not yet durable here.
+            let lag = now.commit_index.saturating_sub(now.deliverable_index);
             match now.standing {
                 raft::Standing::New | raft::Standing::Founder => {
                     "first start: waits until every member is there".to_owned()
                 }
-                raft::Standing::Learner => format!("Learner, term {}, leader {leader}", now.term),
-                raft::Standing::Voter => format!("{:?}, term {}, leader {leader}", now.role, now.term),
+                raft::Standing::Learner => {
+                    format!("Learner, term {}, leader {leader}, lag {lag} entries", now.term)
+                }
+                raft::Standing::Voter => {
+                    format!("{:?}, term {}, leader {leader}, lag {lag} entries", now.role, now.term)
+                }
             }
         };
         if line != shown {
             daemon::notify_status(&line);
             shown = line;
+            // Under load the lag is another one with every commit; nobody reads that fast.
+            sleep(STATUS_INTERVAL).await;
         }
         if progress.changed().await.is_err() {
             return std::future::pending().await;

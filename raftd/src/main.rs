@@ -74,6 +74,6 @@ fn bind_socket(path: &Path) -> io::Result<UnixListener> {
 }
 
 fn fail(code: u8, error: &dyn std::error::Error) -> ExitCode {
-    eprintln!("raftd: {error}");
+    daemon::say_fatal("raftd", error);
     ExitCode::from(code)
 }

@@ -26,6 +26,7 @@ pub mod determinism;
 pub mod errors;
 mod execute;
 pub mod facts;
+pub mod leadership;
 pub mod limits;
 pub mod metrics;
 pub mod pipeline;
@@ -70,6 +71,7 @@ use resqlite::{
 use tokio::{
     net::TcpListener,
     runtime,
+    sync::watch,
     time::{sleep, timeout},
 };
 use tonic::{server::NamedService, transport::Server};
@@ -81,6 +83,7 @@ use crate::{
     calls::CountCalls,
     consistency::ReadGate,
     facts::Facts,
+    leadership::Leadership,
     metrics::Metrics,
     pipeline::{Pipeline, PipelineError},
     raft_link::{DoesNotBelong, RaftLink, SnapshotExchange},
@@ -252,6 +255,7 @@ pub async fn run(
         node_id: config.node_id,
         syntax: SyntaxCheck::new().map_err(|error| RunError::Start(error.to_string()))?,
         status: StatusSource::new(&config, database.clone(), link.clone(), facts.clone()),
+        leadership: Leadership::new(&config, link.clone()),
         max_result_bytes: config.sqlited.max_result_bytes as usize,
     });
     let users = snapshot::Users::new(Arc::clone(&readers));
@@ -273,6 +277,8 @@ pub async fn run(
         config.sqlited.snapshot_bytes_per_second,
         metrics.clone(),
     );
+    let (serving, is_serving) = watch::channel(false);
+    let ready_within = election_timeout * limits::LEADERLESS_ELECTION_TIMEOUTS;
     let watched = Watched {
         metrics: metrics.clone(),
         facts: facts.clone(),
@@ -282,13 +288,13 @@ pub async fn run(
         transactions: Arc::clone(&transactions),
         backlog: pipeline.backlog(),
         progress: pipeline.progress(),
+        serving: is_serving.clone(),
         applying,
         database,
     };
     let (reporter, health) = tonic_health::server::health_reporter();
     let watermark = Watermark::new(&config.sqlited.data_dir, config.min_free_bytes);
 
-    daemon::notify_ready();
     tracing::info!(
         node = config.node_id,
         cluster = config.cluster.name,
@@ -304,7 +310,8 @@ pub async fn run(
         never = transactions.expire() => match never {},
         never = upkeep.run() => match never {},
         never = keep_certificates(tls, reloads) => match never {},
-        never = status::keep_health(reporter, link, facts.clone(), metrics.serving.clone()) => match never {},
+        never = status::keep_health(reporter, link, config.node_id, facts.clone(), serving) => match never {},
+        never = status::announce(is_serving.clone(), ready_within) => match never {},
         never = daemon::feed_watchdog() => match never {},
         never = monitoring::serve(watchers, watched) => match never {},
     };

@@ -16,7 +16,7 @@ fn main() -> ExitCode {
     let config = match Config::load(&arguments.config) {
         Ok(config) => config,
         Err(error) => {
-            eprintln!("sqlited: {error}");
+            daemon::say_fatal("sqlited", &error);
             return ExitCode::from(config::EXIT_CONFIG);
         }
     };

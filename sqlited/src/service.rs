@@ -5,10 +5,10 @@ use std::{pin::Pin, sync::Arc};
 
 use resqlite::api::{
     BackupFormat, BackupRequest, BackupResponse, BeginRequest, BeginResponse, ContentHashRequest,
-    ContentHashResponse, ExecuteRequest, ExecuteResponse, QueryRequest, QueryResponse, ReadOptions,
-    RollbackRequest, RollbackResponse, RunEvent, RunRequest, RunResponse, Statement, StatementList,
-    StatementResult, StatusRequest, StatusResponse, VerifyMarker, VerifyRequest, VerifyResponse,
-    logged_request::Body, re_sqlite_server::ReSqlite, run_event::Event,
+    ContentHashResponse, ExecuteRequest, ExecuteResponse, MoveLeaderRequest, MoveLeaderResponse,
+    QueryRequest, QueryResponse, ReadOptions, RollbackRequest, RollbackResponse, RunEvent, RunRequest,
+    RunResponse, Statement, StatementList, StatementResult, StatusRequest, StatusResponse, VerifyMarker,
+    VerifyRequest, VerifyResponse, logged_request::Body, re_sqlite_server::ReSqlite, run_event::Event,
 };
 use tokio::{sync::mpsc, time::timeout_at};
 use tokio_stream::{Stream, StreamExt, once, wrappers::ReceiverStream};
@@ -19,6 +19,7 @@ use crate::{
     deadline::Deadline,
     errors::{invalid_sql, own_sql_error, reply_status},
     facts::Facts,
+    leadership::Leadership,
     limits::{MAX_PARAMETERS, MAX_STATEMENTS},
     reads::ReadBatch,
     run_request::{Runner, ScriptRequest, nul_byte, split},
@@ -60,6 +61,8 @@ pub struct ServiceParts {
     pub syntax: SyntaxCheck,
     /// Answers `Status`.
     pub status: StatusSource,
+    /// Hands leadership over.
+    pub leadership: Leadership,
     /// The largest result of `Execute`, whose answer is a single message.
     pub max_result_bytes: usize,
 }
@@ -214,6 +217,14 @@ impl ReSqlite for Service {
         }
         runner.gate.pass(&ReadOptions::default(), deadline).await?;
         Ok(Response::new(backups.start(format).await?))
+    }
+
+    async fn move_leader(
+        &self,
+        request: Request<MoveLeaderRequest>,
+    ) -> Result<Response<MoveLeaderResponse>, Status> {
+        let leader_id = self.parts.leadership.move_to(request.into_inner().to).await?;
+        Ok(Response::new(MoveLeaderResponse { leader_id }))
     }
 
     async fn status(&self, _request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {

@@ -8,7 +8,6 @@ use std::{
     time::Duration,
 };
 
-use prometheus::IntGauge;
 use resqlite::{
     api::{
         LogStatusRequest, LogStatusResponse, Member, NodeStatus, RaftRole, StatusResponse,
@@ -17,7 +16,10 @@ use resqlite::{
     config::Config,
     daemon,
 };
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, MissedTickBehavior, interval, timeout},
+};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
@@ -44,15 +46,10 @@ pub struct StatusSource {
 impl StatusSource {
     /// Of the node that the configuration describes.
     pub fn new(config: &Config, database: PathBuf, link: RaftLink, facts: Facts) -> Self {
-        let members = config.cluster.members.iter().map(|member| Member {
-            id: member.id,
-            raft_address: member.raft.to_string(),
-            sql_address: member.sql.to_string(),
-        });
         Self {
             node_id: config.node_id,
             cluster_name: config.cluster.name.clone(),
-            members: members.collect(),
+            members: members_of(config),
             database,
             link,
             facts,
@@ -113,6 +110,16 @@ pub fn file_bytes(database: &Path) -> (u64, u64) {
     (size(database), size(Path::new(&wal)))
 }
 
+/// The members that the configuration lists, as clients are told of them.
+pub fn members_of(config: &Config) -> Vec<Member> {
+    let members = config.cluster.members.iter().map(|member| Member {
+        id: member.id,
+        raft_address: member.raft.to_string(),
+        sql_address: member.sql.to_string(),
+    });
+    members.collect()
+}
+
 fn role_name(role: RaftRole) -> &'static str {
     match role {
         RaftRole::Unspecified => "unknown",
@@ -140,15 +147,16 @@ fn not_counting(raftd: &LogStatusResponse) -> String {
 pub async fn keep_health(
     reporter: HealthReporter,
     link: RaftLink,
+    node_id: u64,
     facts: Facts,
-    serving: IntGauge,
+    serving: watch::Sender<bool>,
 ) -> Infallible {
     let mut state = link.state();
     let mut health = facts.watch_health();
     let mut seconds = interval(Duration::from_secs(1));
     seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut lag = Lag::default();
-    let mut told = None;
+    let (mut told, mut shown) = (None, String::new());
     loop {
         let now = state.borrow_and_update().clone();
         let health_now = health.borrow_and_update().clone();
@@ -156,10 +164,15 @@ pub async fn keep_health(
         lag.observe(Instant::now(), now.commit_index, facts.applied_index());
         facts.publish_behind(lag.is_behind());
         let verdict = verdict(&now, unhealthy, lag.is_behind());
-        serving.set(verdict.is_ok().into());
+        serving.send_replace(verdict.is_ok());
+        let line = status_line(&now, node_id, facts.applied_index(), &verdict, health_now.alarm.as_deref());
+        if line != shown {
+            daemon::notify_status(&line);
+            shown = line;
+        }
         let news = (verdict, health_now.alarm);
         if told.as_ref() != Some(&news) {
-            tell(&reporter, &news.0, news.1.as_deref()).await;
+            tell(&reporter, &news.0).await;
             told = Some(news);
         }
         tokio::select! {
@@ -187,17 +200,42 @@ fn verdict(state: &LinkState, unhealthy: Option<String>, behind: bool) -> Result
     Ok(state.leader_id)
 }
 
-async fn tell(reporter: &HealthReporter, verdict: &Result<u64, String>, alarm: Option<&str>) {
+/// Tells systemd that the service is ready: once it serves, but no later than this. A node without a quorum
+/// answers `Status` and stale reads, and the start of the first of three hosts must not wait for the others.
+pub async fn announce(mut serving: watch::Receiver<bool>, within: Duration) -> Infallible {
+    let _ = timeout(within, serving.wait_for(|serving| *serving)).await;
+    daemon::notify_ready();
+    std::future::pending().await
+}
+
+/// What `systemctl status` shows.
+fn status_line(
+    state: &LinkState,
+    node_id: u64,
+    applied_index: u64,
+    verdict: &Result<u64, String>,
+    alarm: Option<&str>,
+) -> String {
+    let LinkState { term, leader_id, commit_index, .. } = *state;
+    let serving = verdict.as_ref().map_or_else(|why| format!("not serving: {why}"), |_| "serving".to_owned());
+    let role = match leader_id {
+        0 => "no leader".to_owned(),
+        leader if leader == node_id => format!("leader of term {term}"),
+        leader => format!("follower in term {term}, leader {leader}"),
+    };
+    let lag = commit_index.saturating_sub(applied_index);
+    let alarm = alarm.map(|alarm| format!("; ALARM: {alarm}")).unwrap_or_default();
+    format!("{serving}; {role}, lag {lag} entries{alarm}")
+}
+
+async fn tell(reporter: &HealthReporter, verdict: &Result<u64, String>) {
     let status = match verdict {
         Ok(leader) => {
             tracing::info!(leader, "serving");
-            let alarm = alarm.map(|alarm| format!("; ALARM: {alarm}")).unwrap_or_default();
-            daemon::notify_status(&format!("serving; the leader is node {leader}{alarm}"));
             ServingStatus::Serving
         }
         Err(why) => {
             tracing::warn!(why, "not serving");
-            daemon::notify_status(&format!("not serving: {why}"));
             ServingStatus::NotServing
         }
     };
@@ -256,6 +294,23 @@ mod tests {
         lag.observe(at(200), 200_000, 200_000);
         assert!(!lag.is_behind());
         assert!(lag.owed.is_empty());
+    }
+
+    #[test]
+    fn the_status_line_names_role_term_leader_and_lag() {
+        let state =
+            LinkState { connected: true, leader_id: 2, term: 7, commit_index: 12, ..LinkState::default() };
+        assert_eq!(
+            status_line(&state, 1, 10, &Ok(2), None),
+            "serving; follower in term 7, leader 2, lag 2 entries"
+        );
+        assert_eq!(
+            status_line(&state, 2, 12, &Ok(2), Some("look")),
+            "serving; leader of term 7, lag 0 entries; ALARM: look"
+        );
+        let alone = LinkState { leader_id: 0, ..state };
+        let line = status_line(&alone, 1, 12, &Err("no leader".into()), None);
+        assert_eq!(line, "not serving: no leader; no leader, lag 0 entries");
     }
 
     #[test]

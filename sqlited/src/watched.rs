@@ -50,6 +50,8 @@ pub struct Watched {
     pub backlog: Backlog,
     /// How far what was applied is durable.
     pub progress: watch::Receiver<Progress>,
+    /// Whether this node serves.
+    pub serving: watch::Receiver<bool>,
     /// For how long the applying thread has been at the same group.
     pub applying: Busy,
     /// The database's file.
@@ -103,6 +105,7 @@ impl Monitored for Watched {
         let state = self.link.state().borrow().clone();
         let applied_index = facts.applied_index();
         let commit_index = state.commit_index.max(applied_index);
+        metrics.serving.set((*self.serving.borrow()).into());
         metrics.raftd_connected.set(state.connected.into());
         metrics.leader_id.set(state.leader_id as i64);
         metrics.commit_index.set(commit_index as i64);

@@ -2,17 +2,18 @@
 
 use std::{
     collections::BTreeMap,
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
     process::ExitCode,
     time::Duration,
 };
 
 use serde::Serialize;
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::MissedTickBehavior};
 
 use super::{
-    Endpoints,
+    EXIT_BROKEN_PIPE, Endpoints, fail,
     render::{Format, Mode, Printer},
+    screen::Screen,
 };
 use crate::{
     api::{self, Member, NodeStatus, StatusResponse, value::Kind},
@@ -27,12 +28,22 @@ pub struct Arguments {
     #[command(flatten)]
     cluster: Endpoints,
     /// Print a JSON array
-    #[arg(long)]
+    #[arg(long, conflicts_with = "watch")]
     json: bool,
+    /// Ask again and again, and redraw, until Ctrl-C
+    #[arg(long)]
+    watch: bool,
+    /// How often, with --watch
+    #[arg(long, value_name = "S", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    interval: u64,
 }
 
 /// Runs the command: fails if no node answers.
 pub async fn run(arguments: Arguments) -> ExitCode {
+    if arguments.watch {
+        let Endpoints { endpoints, tls } = &arguments.cluster;
+        return watch(endpoints, &tls.builder(), Duration::from_secs(arguments.interval)).await;
+    }
     let nodes = gather(&arguments.cluster.endpoints, &arguments.cluster.tls.builder()).await;
     let mut out = io::stdout().lock();
     let written = match arguments.json {
@@ -45,6 +56,50 @@ pub async fn run(arguments: Arguments) -> ExitCode {
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
+}
+
+/// Redraws until Ctrl-C, or until nobody looks any more.
+async fn watch(endpoints: &[String], builder: &Builder, interval: Duration) -> ExitCode {
+    let stdout = io::stdout();
+    let is_terminal = stdout.is_terminal();
+    // It lives outside of what Ctrl-C drops, and puts the terminal back when it goes itself.
+    let mut screen = Screen::new(stdout, is_terminal);
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let redraw = async {
+        loop {
+            ticks.tick().await;
+            let nodes = gather(endpoints, builder).await;
+            let drawn = live_view(&nodes).and_then(|picture| screen.draw(&picture));
+            if let Err(error) = drawn {
+                return error;
+            }
+        }
+    };
+    tokio::select! {
+        interrupted = tokio::signal::ctrl_c() => match interrupted {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&format!("cannot wait for Ctrl-C: {error}")),
+        },
+        error = redraw => match error.kind() {
+            io::ErrorKind::BrokenPipe => ExitCode::from(EXIT_BROKEN_PIPE),
+            _ => fail(&error.to_string()),
+        },
+    }
+}
+
+/// The line above the table says what there is of a quorum.
+fn live_view(nodes: &[Node]) -> io::Result<String> {
+    let reachable = nodes.iter().filter(|node| node.reachable).count();
+    let name = nodes.iter().find_map(|node| node.cluster_name.as_deref()).unwrap_or("unknown");
+    let leader = nodes.iter().find(|node| node.leads()).and_then(|node| node.id);
+    let leader = leader.map_or("none reachable".to_owned(), |id| format!("node {id}"));
+    let mut picture =
+        format!("cluster {name}: {reachable} of {} nodes answer, leader: {leader}\n\n", nodes.len());
+    let mut table = Vec::new();
+    write_table(nodes, &mut table)?;
+    picture.push_str(&String::from_utf8_lossy(&table));
+    Ok(picture)
 }
 
 /// One node, as `--json` prints it. What is not known is null.
@@ -99,6 +154,36 @@ impl Node {
             sqlite_version: known(status.sqlite_version),
             health: health.unwrap_or_else(|| "ok".into()),
         }
+    }
+
+    /// Its id, where it is known.
+    pub fn id(&self) -> Option<u64> {
+        self.id
+    }
+
+    /// Where it was asked.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Whether it answered.
+    pub fn is_reachable(&self) -> bool {
+        self.reachable
+    }
+
+    /// Whether it says that it leads.
+    pub fn leads(&self) -> bool {
+        self.role.as_deref() == Some("leader")
+    }
+
+    /// The term that it is in.
+    pub fn term(&self) -> Option<u64> {
+        self.term
+    }
+
+    /// Whom it follows.
+    pub fn leader_id(&self) -> Option<u64> {
+        self.leader_id
     }
 
     fn silent(id: Option<u64>, address: String, error: &Error) -> Self {

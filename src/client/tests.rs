@@ -84,6 +84,13 @@ impl ReSqlite for Node {
         self.0.backup_answers.lock().unwrap().pop_front().unwrap_or_else(|| Ok(Vec::new())).map(stream)
     }
 
+    async fn move_leader(
+        &self,
+        _: Request<api::MoveLeaderRequest>,
+    ) -> Result<Response<api::MoveLeaderResponse>, Status> {
+        Err(Status::unimplemented("nobody leads here"))
+    }
+
     async fn verify(&self, _: Request<VerifyRequest>) -> Result<Response<VerifyResponse>, Status> {
         Err(Status::unimplemented("there is nothing to compare"))
     }

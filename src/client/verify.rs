@@ -1,11 +1,12 @@
-//! Whether the nodes hold the same: a marker in the log, and what each node's content comes to as of it.
+//! What operators ask of a cluster: whether the nodes hold the same (a marker in the log, and what each node's content
+//! comes to as of it), and that another node leads.
 
 use std::time::Duration;
 
 use tonic::Request;
 
 use super::{Client, endpoints::Connection, error::Error};
-use crate::api::{ContentHashRequest, ContentHashResponse, VerifyRequest};
+use crate::api::{ContentHashRequest, ContentHashResponse, MoveLeaderRequest, VerifyRequest};
 
 impl Client {
     /// Puts a marker in the log, as of which every node hashes its content, and returns its index.
@@ -27,6 +28,18 @@ impl Client {
             async move { connection.content_hash(request).await }
         };
         Ok(self.attempts(false).call(call).await?.into_inner())
+    }
+}
+
+impl Client {
+    /// Asks the node, which must lead, to hand leadership over: to a member, or with 0 to the most advanced one.
+    /// Returns who leads then.
+    pub async fn move_leader(&self, to: u64) -> Result<u64, Error> {
+        let call = |mut connection: Connection, left| {
+            let request = with_timeout(MoveLeaderRequest { to }, left);
+            async move { connection.move_leader(request).await }
+        };
+        Ok(self.attempts(false).call(call).await?.into_inner().leader_id)
     }
 }
 

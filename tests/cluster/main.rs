@@ -16,6 +16,7 @@ mod filesystem;
 mod full_disk;
 mod harness;
 mod large_results;
+mod leader;
 mod logictest;
 mod logictest_format;
 mod monitoring;

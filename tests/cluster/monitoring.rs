@@ -4,6 +4,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    path::Path,
+    process::Command,
 };
 
 use crate::harness::{Cluster, Daemon, eventually, execute, query};
@@ -34,7 +36,7 @@ fn scraped(text: &str) -> Described {
 
 /// The rows of the tables in `docs/metrics.md`.
 fn documented() -> Described {
-    let text = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/metrics.md")).unwrap();
+    let text = file("docs/metrics.md");
     let rows = text.lines().filter_map(|line| line.strip_prefix("| `resqlite_")?.strip_suffix(" |"));
     let cells = rows.map(|row| row.splitn(4, " | ").map(str::to_owned).collect::<Vec<_>>());
     cells
@@ -155,4 +157,49 @@ async fn readiness_names_what_is_missing_and_comes_back_while_liveness_stays() {
         until_failing(&cluster, 0, daemon, "/readyz", &[]).await;
     }
     query(&mut cluster.client(0), "select 1").await.unwrap();
+}
+
+fn file(path: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
+}
+
+#[test]
+fn every_alert_is_explained_and_asks_for_metrics_that_there_are() {
+    let rules = file("deploy/monitoring/resqlite.rules.yml");
+    let alerts: BTreeSet<&str> =
+        rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
+    let operations = file("docs/operations.md");
+    let explained: BTreeSet<&str> =
+        operations.lines().filter_map(|line| line.strip_prefix("| Resqlite")?.split(' ').next()).collect();
+    let explained: BTreeSet<String> = explained.into_iter().map(|name| format!("Resqlite{name}")).collect();
+    assert_eq!(alerts.into_iter().map(str::to_owned).collect::<BTreeSet<_>>(), explained);
+
+    let documented = documented();
+    for expression in rules.lines().filter_map(|line| line.trim().strip_prefix("expr: ")) {
+        let words = expression.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+        for name in words.filter(|word| word.starts_with("resqlite_")) {
+            let of_histogram = name.strip_suffix("_bucket").unwrap_or(name);
+            assert!(documented.contains_key(of_histogram), "{name} in {expression}");
+        }
+    }
+}
+
+#[test]
+fn prometheus_takes_the_example_configuration_and_its_rules() {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let promtool = directory.join("target/tools/promtool");
+    if !promtool.exists() {
+        eprintln!("SKIPPED: there is no {}; tests/install-tools fetches it", promtool.display());
+        return;
+    }
+    for arguments in [
+        ["check", "config", "prometheus.yml"],
+        ["check", "rules", "resqlite.rules.yml"],
+        ["test", "rules", "resqlite.test.yml"],
+    ] {
+        let mut command = Command::new(&promtool);
+        let ran = command.args(arguments).current_dir(directory.join("deploy/monitoring")).output().unwrap();
+        let (out, err) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+        assert!(ran.status.success(), "{arguments:?}: {out}{err}");
+    }
 }

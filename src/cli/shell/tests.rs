@@ -64,6 +64,13 @@ impl ReSqlite for Server {
         Err(Status::unimplemented("there is nothing to keep"))
     }
 
+    async fn move_leader(
+        &self,
+        _: Request<api::MoveLeaderRequest>,
+    ) -> Result<Response<api::MoveLeaderResponse>, Status> {
+        Err(Status::unimplemented("nobody leads here"))
+    }
+
     async fn verify(&self, _: Request<VerifyRequest>) -> Result<Response<VerifyResponse>, Status> {
         Err(Status::unimplemented("there is nothing to compare"))
     }
