@@ -7,11 +7,13 @@ mod backup;
 mod batch;
 mod bench;
 mod cert;
+mod cluster;
 mod dot;
 mod input;
 mod interactive;
 mod leader;
 mod new_file;
+mod node;
 mod number;
 mod playground;
 mod progress;
@@ -71,6 +73,12 @@ enum Command {
     /// Make certificates: for a cluster's nodes and for its clients
     #[command(subcommand)]
     Cert(cert::Command),
+    /// Save what is left of a cluster
+    #[command(subcommand)]
+    Cluster(cluster::Command),
+    /// Replace a node whose data is damaged or lost
+    #[command(subcommand)]
+    Node(node::Command),
     /// Speak to a raftd that has no sqlited
     #[command(subcommand)]
     Raft(raft::Command),
@@ -168,6 +176,8 @@ async fn run(command: Command) -> ExitCode {
         Command::Dump(arguments) => backup::run_dump(arguments).await,
         Command::Bench(arguments) => bench::run(arguments).await,
         Command::Cert(command) => cert::run(command),
+        Command::Cluster(command) => cluster::run(command),
+        Command::Node(command) => node::run(command),
         Command::Raft(command) => raft::run(command).await,
     }
 }

@@ -6,10 +6,12 @@
 //! - [`codec`]: how those become bytes,
 //! - [`config`]: the one YAML file that both daemons read,
 //! - [`daemon`]: what makes a process a good daemon (logs, signals, sd-notify),
+//! - [`directory_lock`]: one process for each data directory,
 //! - [`disk`]: room on the filesystem of a daemon's data,
 //! - [`status_details`]: how an SQL error travels in a gRPC status,
 //! - [`monitoring`]: metrics and health of a daemon, over HTTP,
 //! - [`tls`]: certificates, and connections that are as good as those,
+//! - [`recovery`]: what the daemons' programs say of data whose cluster is lost,
 //! - [`sql_text`]: where one SQL statement ends and the next begins,
 //! - [`client`]: the asynchronous client library.
 //!
@@ -21,8 +23,10 @@ pub mod client;
 pub mod codec;
 pub mod config;
 pub mod daemon;
+pub mod directory_lock;
 pub mod disk;
 pub mod monitoring;
+pub mod recovery;
 pub mod sql_text;
 pub mod status_details;
 pub mod tls;

@@ -18,4 +18,16 @@ pub struct Arguments {
     /// Stop when standard input ends: whoever started this process is gone then.
     #[arg(long)]
     pub stop_with_stdin: bool,
+    /// Say what the data directory holds, or make it the beginning of a new cluster: for `resqlite cluster recover`.
+    #[arg(long, value_enum, value_name = "STEP", hide = true)]
+    pub recover: Option<Recover>,
+}
+
+/// A step of `resqlite cluster recover`.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum Recover {
+    /// Changes nothing.
+    Show,
+    /// The data becomes that of the cluster which the configuration describes.
+    Found,
 }

@@ -21,6 +21,7 @@ pub mod metrics;
 pub mod peer;
 pub mod peer_service;
 pub mod proposals;
+pub mod recover;
 pub mod room;
 pub mod snapshots;
 pub mod store;

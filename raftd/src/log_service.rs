@@ -295,7 +295,16 @@ impl LocalLogParts {
         if is_snapshot && self.install(applied).await? == SnapshotOutcome::Installed {
             return Ok(());
         }
-        if applied.index > self.progress.borrow().commit_index {
+        let now = *self.progress.borrow();
+        if term.is_none() && now.leader == Some(self.node_id) {
+            return Err(Status::failed_precondition(format!(
+                "the database has applied index {}, but this node leads, and its log ends before that: the log was \
+                 lost and begun anew. Keep a copy of the database, empty both data directories on every node, and \
+                 restore the copy as a backup",
+                applied.index
+            )));
+        }
+        if applied.index > now.commit_index {
             return Err(Status::unavailable("it is not known yet what is committed; attach again"));
         }
         Err(Status::failed_precondition(format!(

@@ -3,11 +3,15 @@
 use std::{fs, io, os::unix::net::UnixStream, path::Path, process::ExitCode};
 
 use clap::Parser;
-use raftd::{Listeners, arguments::Arguments};
+use raftd::{
+    Listeners,
+    arguments::{Arguments, Recover},
+    recover,
+};
 use resqlite::{
     config::{Config, EXIT_CONFIG},
     daemon::{self, Shutdown},
-    monitoring,
+    monitoring, recovery,
 };
 use tokio::net::{TcpListener, UnixListener};
 
@@ -20,11 +24,28 @@ fn main() -> ExitCode {
     if arguments.check {
         return ExitCode::SUCCESS;
     }
+    if let Some(step) = arguments.recover {
+        return recover(&config, step);
+    }
     daemon::init_logging();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     match runtime.map(|runtime| runtime.block_on(start(config, arguments.stop_with_stdin))) {
         Ok(code) => code,
         Err(error) => fail(1, &error),
+    }
+}
+
+fn recover(config: &Config, step: Recover) -> ExitCode {
+    let log = match step {
+        Recover::Show => recover::show(config),
+        Recover::Found => recover::found(config),
+    };
+    match log {
+        Ok(log) => {
+            print!("{}", recovery::to_text(&log));
+            ExitCode::SUCCESS
+        }
+        Err(error) => fail(error.exit_code(), &error),
     }
 }
 

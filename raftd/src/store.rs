@@ -17,7 +17,6 @@ pub mod block_file;
 mod cache;
 mod error;
 mod hard_state;
-mod lock;
 pub mod log_store;
 mod measured;
 pub mod memory_log;
@@ -35,14 +34,13 @@ use std::{
 };
 
 use prometheus::Histogram;
-use raft::{HardState, Incarnation, NodeId, Position};
-use resqlite::disk::Ballast;
+use raft::{HardState, Incarnation, LogEnd, NodeId, Position, Standing};
+use resqlite::{directory_lock::DirectoryLock, disk::Ballast};
 
 use self::{
     block_file::BlockFile,
     cache::{SharedWindow, Window},
     hard_state::{HardStateFile, State, sync_dir},
-    lock::DirectoryLock,
     log_store::{LogStore, LogStoreError},
     measured::MeasuredLog,
     record_log::{Mark, RecordLog, RecoverError},
@@ -111,6 +109,7 @@ struct Place {
 pub struct Store {
     identity: Identity,
     hard_state: HardState,
+    log_end: LogEnd,
     reader: LogReader,
     handle: StoreHandle,
     /// Until the writer is started.
@@ -128,6 +127,13 @@ impl Store {
                 if is_new { SledLog::create(dir, cache_bytes) } else { SledLog::open(dir, cache_bytes) };
             opened.map(|log| Arc::new(log) as Arc<dyn LogStore>)
         })
+    }
+
+    /// As [`Store::open`], of a directory that may belong to any member of any cluster, but must hold something.
+    pub fn open_of_any_cluster(options: StoreOptions) -> Result<Self, StoreError> {
+        let path = options.data_dir.join("hard_state");
+        let Identity { cluster_id, node_id } = HardStateFile::open(&path)?.state().identity;
+        Self::open(StoreOptions { cluster_id, node_id, ..options })
     }
 
     /// As [`Store::open`], with the time that each sync takes noted in `fsync`.
@@ -148,7 +154,8 @@ impl Store {
     ) -> Result<Self, StoreError> {
         let dir = &options.data_dir;
         make_dir(dir)?;
-        let lock = Arc::new(DirectoryLock::acquire(dir)?);
+        let lock = DirectoryLock::acquire(dir).map_err(StoreError::io(dir, "lock the data directory"))?;
+        let lock = Arc::new(lock.ok_or_else(|| StoreError::Locked { dir: dir.clone() })?);
         let ballast = ballast(dir);
         ballast.release_if_full().map_err(StoreError::io(dir, "give back the ballast"))?;
 
@@ -221,8 +228,9 @@ impl Store {
             metrics: None,
         };
         let handle = StoreHandle { log, log_path, queue: Arc::clone(&log_thread.queue) };
-        let State { identity, hard_state, .. } = state;
-        Ok(Self { identity, hard_state, reader, handle, log_thread: Some(log_thread) })
+        let State { identity, hard_state, mark, .. } = state;
+        let log_end = LogEnd { term: mark.term, index: mark.index };
+        Ok(Self { identity, hard_state, log_end, reader, handle, log_thread: Some(log_thread) })
     }
 
     /// The term and the vote that were recovered.
@@ -233,6 +241,31 @@ impl Store {
     /// Whose directory this is.
     pub fn identity(&self) -> Identity {
         self.identity
+    }
+
+    /// The end of the log that was recovered.
+    pub fn log_end(&self) -> LogEnd {
+        self.log_end
+    }
+
+    /// Gives the log to another cluster, of which this member becomes a founder: one save, so that it belongs to the
+    /// one or the other. Before the writer is started.
+    pub fn found_cluster(&mut self, options: &StoreOptions) -> Result<(), StoreError> {
+        let Some(log_thread) = &mut self.log_thread else {
+            return Err(StoreError::WriterStopped("the log is in use".into()));
+        };
+        let StoreOptions { cluster_id, node_id, incarnation, .. } = *options;
+        let mut state = log_thread.hard_state.state();
+        state.identity = Identity { cluster_id, node_id };
+        state.hard_state = HardState {
+            term: state.hard_state.term,
+            standing: Standing::Founder,
+            log_floor: self.log_end,
+            ..HardState::new(incarnation)
+        };
+        log_thread.hard_state.save(state)?;
+        (self.identity, self.hard_state) = (state.identity, state.hard_state);
+        Ok(())
     }
 
     /// Reads the log, on any thread.

@@ -179,6 +179,16 @@ impl Applier {
         Ok(())
     }
 
+    /// Gives the database to another cluster, durably. Only while nothing follows a log.
+    pub fn adopt_cluster(&mut self, cluster_id: u64) -> Result<(), ApplyError> {
+        tables::store_cluster(&self.writer.connection, cluster_id)
+            .map_err(|error| error.to_string())
+            .and_then(|()| self.durability.sync().map_err(|error| error.to_string()))
+            .map_err(|reason| ApplyError::Adopt { cluster_id, reason })?;
+        self.position.cluster_id = cluster_id;
+        Ok(())
+    }
+
     /// Makes what was applied durable.
     pub fn durability(&self) -> Durability {
         self.durability.clone()

@@ -32,6 +32,7 @@ pub mod metrics;
 pub mod pipeline;
 pub mod raft_link;
 pub mod reads;
+pub mod recover;
 pub mod reload;
 pub mod run_request;
 pub mod script;
@@ -64,6 +65,7 @@ use resqlite::{
     api::{self, re_sqlite_server::ReSqliteServer},
     config::{Config, EXIT_CONFIG},
     daemon::{self, Reloads, Shutdown},
+    directory_lock::DirectoryLock,
     disk::{self, Ballast, Watermark},
     monitoring::{self, Busy},
     tls::{Incoming, Reloading, SqlTls, TlsError},
@@ -191,6 +193,7 @@ pub async fn run(
         Some(tls) => Incoming::tls(listener, move || tls.current().server.clone()),
     };
     let database = prepare_data_dir(&config.sqlited.data_dir)?;
+    let _lock = lock_data_dir(&config.sqlited.data_dir)?;
     let ballast = Ballast::in_dir(&config.sqlited.data_dir, BALLAST_BYTES);
     give_back_if_full(&ballast, &config.sqlited.data_dir)?;
     let finished = snapshot::finish(&database);
@@ -327,6 +330,13 @@ fn prepare_data_dir(path: &Path) -> Result<PathBuf, RunError> {
     let unusable = |reason| RunError::DataDir { path: path.display().to_string(), reason };
     fs::DirBuilder::new().recursive(true).mode(0o750).create(path).map_err(unusable)?;
     Ok(path.join(DATABASE_FILE))
+}
+
+/// Keeps everybody else from the data directory, as long as the result lives.
+fn lock_data_dir(path: &Path) -> Result<DirectoryLock, RunError> {
+    let unusable = |reason| RunError::DataDir { path: path.display().to_string(), reason };
+    let in_use = || io::Error::new(io::ErrorKind::WouldBlock, "another sqlited is using it");
+    DirectoryLock::acquire(path).and_then(|locked| locked.ok_or_else(in_use)).map_err(unusable)
 }
 
 /// On a full filesystem not even the database could be opened: its index of the write-ahead log is a new file.

@@ -6,9 +6,13 @@ use clap::Parser;
 use resqlite::{
     config::{self, Config},
     daemon::{self, Shutdown},
-    monitoring,
+    monitoring, recovery,
 };
-use sqlited::{Listeners, arguments::Arguments};
+use sqlited::{
+    Listeners,
+    arguments::{Arguments, Recover},
+    recover,
+};
 use tokio::{net::TcpListener, runtime};
 
 fn main() -> ExitCode {
@@ -23,12 +27,32 @@ fn main() -> ExitCode {
     if arguments.check {
         return ExitCode::SUCCESS;
     }
+    if let Some(step) = arguments.recover {
+        return recover(&config, step);
+    }
     daemon::init_logging();
     match start(config, &arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             tracing::error!("{}", failure.reason);
             ExitCode::from(failure.exit_code)
+        }
+    }
+}
+
+fn recover(config: &Config, step: Recover) -> ExitCode {
+    let database = match step {
+        Recover::Show => recover::show(config),
+        Recover::Found => recover::found(config),
+    };
+    match database {
+        Ok(database) => {
+            print!("{}", recovery::to_text(&database));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("sqlited: {error}");
+            ExitCode::from(error.exit_code())
         }
     }
 }

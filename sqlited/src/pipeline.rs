@@ -291,6 +291,7 @@ fn remedy(error: &ApplyError) -> Remedy {
         ApplyError::Environment { .. }
         | ApplyError::Open { .. }
         | ApplyError::ForeignCluster { .. }
+        | ApplyError::Adopt { .. }
         | ApplyError::Gap { .. } => Remedy::Exit,
     }
 }

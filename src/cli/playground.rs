@@ -256,7 +256,7 @@ impl StopSignals {
 }
 
 /// A daemon's program: beside our own, as built and as installed, or in PATH.
-fn daemon_path(name: &str) -> Result<PathBuf, String> {
+pub(super) fn daemon_path(name: &str) -> Result<PathBuf, String> {
     let own = env::current_exe().map_err(|error| format!("cannot tell where this program is: {error}"))?;
     let beside = own.parent().map(|directory| directory.join(name));
     let path = env::var_os("PATH").unwrap_or_default();

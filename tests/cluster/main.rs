@@ -25,6 +25,7 @@ mod playground;
 mod random_scripts;
 mod real_data;
 mod reflection;
+mod replacement;
 mod snapshots;
 mod survival;
 mod transactions;

@@ -16,13 +16,14 @@ use std::{
 
 use raft::{Entry, HardState, Index, Install, Position};
 
+use resqlite::directory_lock::DirectoryLock;
+
 use crate::metrics::WriterMetrics;
 
 use super::{
     cache::{LogReader, ReadError, SharedWindow},
     error::StoreError,
     hard_state::HardStateFile,
-    lock::DirectoryLock,
     record_log::{Mark, RecordLog},
 };
 

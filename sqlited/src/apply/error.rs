@@ -30,6 +30,14 @@ pub enum ApplyError {
         /// The one that was to be bound.
         offered: u64,
     },
+    /// The database could not be given to another cluster.
+    #[error("the database cannot be given to the cluster {cluster_id:016x}: {reason}")]
+    Adopt {
+        /// The cluster.
+        cluster_id: u64,
+        /// Why not.
+        reason: String,
+    },
     /// The entries do not follow the applied index.
     #[error("entry {got} does not follow the applied index: entry {expected} should be next")]
     Gap {
@@ -64,8 +72,8 @@ pub enum ApplyError {
     },
     /// An entry that is not a request.
     #[error(
-        "entry {index} cannot be read ({reason}): if it is so on this node only, its log is damaged, replace the \
-         node; if on every node, restore a backup"
+        "entry {index} cannot be read ({reason}): if it is so on this node only, its log is damaged, run \
+         `resqlite node replace` there; if on every node, restore a backup"
     )]
     CorruptPayload {
         /// The entry.
@@ -101,7 +109,8 @@ fn way_past(code: i32) -> &'static str {
         ffi::SQLITE_NOMEM => "free memory or raise the limit of the process, then restart sqlited",
         ffi::SQLITE_BUSY | ffi::SQLITE_LOCKED => "another process holds the database: end it",
         ffi::SQLITE_CORRUPT | ffi::SQLITE_NOTADB => {
-            "the database file is damaged: replace this node's data directory"
+            "the database file is damaged: stop both daemons of this node and run `resqlite node replace`, which \
+             lets its peers fill it again"
         }
         ffi::SQLITE_IOERR | ffi::SQLITE_CANTOPEN | ffi::SQLITE_READONLY | ffi::SQLITE_PERM => {
             "check the disk, its mount and the file's permissions, then restart sqlited"

@@ -56,6 +56,11 @@ pub(super) fn open_tables(connection: &Connection) -> rusqlite::Result<Result<Po
     stored_position(connection)
 }
 
+/// Gives the database to a cluster.
+pub(super) fn store_cluster(connection: &Connection, cluster_id: u64) -> rusqlite::Result<()> {
+    connection.execute("UPDATE _resqlite_meta SET cluster_id = ?1", [cluster_id as i64]).map(drop)
+}
+
 /// Where a database stands in the log; or, in words, why this version cannot tell.
 pub fn stored_position(connection: &Connection) -> rusqlite::Result<Result<Position, String>> {
     let columns =
