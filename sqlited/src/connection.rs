@@ -20,12 +20,14 @@ use rusqlite::{
 };
 
 use crate::{
+    classify,
     determinism::{
         self, Class,
         authorizer::{Guard, Phase, Role, StatementFacts},
         bounded,
         random::{RandomSource, Sequence},
     },
+    expansion::{self, Schema, TooComplex},
     sqlite_ffi::{self, VfsState, WriterVfs},
 };
 
@@ -82,6 +84,8 @@ const STEPS_PER_LOOK: i32 = 4_096;
 pub struct Reader {
     connection: Connection,
     guard: Guard,
+    /// The definitions by which statements are measured, and the version of the schema that they are of.
+    definitions: RefCell<Option<(i64, Schema)>>,
 }
 
 /// Opens a reading connection on the database that the writer of this process has open.
@@ -94,7 +98,7 @@ pub fn open_reader(path: &Path) -> rusqlite::Result<Reader> {
     configure(&connection)?;
     connection.execute_batch("PRAGMA query_only = ON")?;
     let guard = Guard::install(&connection, Role::Reader)?;
-    Ok(Reader { connection, guard })
+    Ok(Reader { connection, guard, definitions: RefCell::default() })
 }
 
 impl fmt::Debug for Reader {
@@ -109,9 +113,39 @@ impl Reader {
         &self.connection
     }
 
+    /// The version of the schema that the connection now sees.
+    pub fn schema_version(&self) -> rusqlite::Result<i64> {
+        // Not from the cache, which is keyed by text: what is in there runs for users.
+        self.connection.query_row("PRAGMA schema_version", [], |row| row.get(0))
+    }
+
+    /// Refuses a statement that would take too long to prepare.
+    fn check_expansion(&self, sql: &str) -> rusqlite::Result<Result<(), TooComplex>> {
+        if !expansion::may_expand(sql) {
+            return Ok(Ok(()));
+        }
+        let version = self.schema_version()?;
+        let mut definitions = self.definitions.borrow_mut();
+        let schema = match definitions.take() {
+            Some((known, schema)) if known == version => schema,
+            _ => Schema::read(&self.connection)?,
+        };
+        Ok(expansion::check(sql, &definitions.insert((version, schema)).1))
+    }
+
     /// What a text is that should be a single statement. Nothing is executed.
     pub fn classify(&self, sql: &str) -> Class {
-        determinism::classify_on_reader(&self.connection, &self.guard, sql)
+        match self.check_expansion(sql) {
+            Ok(Ok(())) => determinism::classify_on_reader(&self.connection, &self.guard, sql),
+            Ok(Err(too_complex)) => {
+                // Where the log is ahead, a view may be another one.
+                let depends_on_schema = expansion::check(sql, &Schema::default()).is_ok();
+                Class::Unpreparable { error: too_complex.into(), depends_on_schema }
+            }
+            Err(error) => {
+                Class::Unpreparable { error: classify::sql_error(&error, 1), depends_on_schema: true }
+            }
+        }
     }
 
     /// Like [`Self::read`], and tells `noted` what the answer depends on before there is any. Never from the
@@ -191,6 +225,8 @@ pub(crate) struct Writer {
     foreign_keys: Cell<bool>,
     /// Whether the schema may hold deferred foreign keys; `None`: it has changed since that was looked up.
     may_defer: Cell<Option<bool>>,
+    /// The definitions by which statements are measured; `None`: as above.
+    definitions: RefCell<Option<Schema>>,
     // Declared last, so dropped last: it must outlive the connection.
     _vfs: WriterVfs,
 }
@@ -236,6 +272,7 @@ impl Writer {
             changes_base,
             foreign_keys: Cell::new(true),
             may_defer: Cell::new(None),
+            definitions: RefCell::default(),
             connection,
             _vfs: vfs,
         };
@@ -269,6 +306,20 @@ impl Writer {
         self.connection.flush_prepared_statement_cache();
         self.known.take();
         self.may_defer.set(None);
+        self.definitions.take();
+    }
+
+    /// Refuses a statement that would take too long to prepare.
+    pub fn check_expansion(&self, sql: &str) -> rusqlite::Result<Result<(), TooComplex>> {
+        if !expansion::may_expand(sql) {
+            return Ok(Ok(()));
+        }
+        let mut definitions = self.definitions.borrow_mut();
+        let schema = match definitions.take() {
+            Some(schema) => schema,
+            None => Schema::read(&self.connection)?,
+        };
+        Ok(expansion::check(sql, definitions.insert(schema)))
     }
 
     /// Starts SQLite's count of open violations of deferred foreign keys from zero. It is one count for the whole

@@ -25,6 +25,7 @@ pub mod deadline;
 pub mod determinism;
 pub mod errors;
 mod execute;
+pub mod expansion;
 pub mod facts;
 pub mod leadership;
 pub mod limits;

@@ -12,7 +12,10 @@ use rusqlite::{
     hooks::{AuthAction, AuthContext, Authorization},
 };
 
-use crate::classify::{is_malformed, sql_error};
+use crate::{
+    classify::{is_malformed, sql_error},
+    expansion::{self, Schema},
+};
 
 /// An empty database to parse against.
 #[derive(Debug)]
@@ -35,6 +38,7 @@ impl SyntaxCheck {
 
     /// An error if the text cannot be parsed, whatever the schema. What is merely unknown here passes.
     pub fn check(&self, sql: &str) -> Result<(), SqlError> {
+        expansion::check(sql, &Schema::default())?;
         let empty = self.empty.lock().unwrap_or_else(PoisonError::into_inner);
         let Err(error) = empty.prepare(sql) else { return Ok(()) };
         let error = sql_error(&error, 1);

@@ -165,7 +165,7 @@ async fn an_unknown_outcome_is_proposed_again_and_applied_once() {
 async fn an_outcome_that_stays_unknown_is_said_to_be_unknown() {
     let node = Node::start().await;
     node.execute(write("create table t(a)")).await.unwrap();
-    node.raftd.set(|log| log.fates.extend([Fate::Lose; 100_000]));
+    node.raftd.set(|log| log.fates.extend(std::iter::repeat_n(Fate::Lose, 100_000)));
     let status = node.execute(with_timeout(write("insert into t values (1)"), 500)).await.unwrap_err();
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
     assert!(status.message().contains("outcome unknown"), "{status}");
@@ -491,7 +491,7 @@ async fn a_stop_takes_less_than_five_seconds_and_tells_who_waits() {
     let node = Node::start().await;
     let mut client = node.client();
     let reading = tokio::spawn(async move { client.query(read(BUSY, stale())).await.map(drop) });
-    node.raftd.set(|log| log.fates.extend([Fate::Lose; 100_000]));
+    node.raftd.set(|log| log.fates.extend(std::iter::repeat_n(Fate::Lose, 100_000)));
     let mut client = node.client();
     let writing = tokio::spawn(async move { client.execute(write("create table t(a)")).await.map(drop) });
     node.raftd.until(|log| log.fates.len() < 100_000).await;

@@ -106,6 +106,11 @@ impl<'c> Execution<'_, 'c> {
         let writer = self.writer;
         let known = writer.known.borrow_mut().get(sql);
         let Some(known) = known else {
+            let expansion = writer.check_expansion(sql).map_err(|error| self.judge(&error, number, true))?;
+            if let Err(too_complex) = expansion {
+                let Failure { class, error } = too_complex.into();
+                return Err(Failure { class, error: SqlError { statement: number, ..error } }.into());
+            }
             let (prepared, facts) = determinism::prepare_single(&writer.connection, &writer.guard, sql);
             // Even if it fails now: some PRAGMAs have their effect while they are prepared.
             self.note(&facts);

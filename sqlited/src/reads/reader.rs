@@ -2,7 +2,7 @@
 //! It knows nothing of the other threads but the queue they share.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::HashSet,
     panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
@@ -103,7 +103,12 @@ impl Reader {
 
     fn open(&self) -> rusqlite::Result<OpenReader> {
         let connection = connection::open_reader(&self.path)?;
-        Ok(OpenReader { connection, syntax: SyntaxCheck::new()?, known_reads: RefCell::default() })
+        Ok(OpenReader {
+            connection,
+            syntax: SyntaxCheck::new()?,
+            known_reads: RefCell::default(),
+            known_under: Cell::new(0),
+        })
     }
 
     /// Answers one read of an open snapshot, with that one's connection.
@@ -176,6 +181,8 @@ pub(super) struct OpenReader {
     /// Texts that were found to be reads. Should a change of the schema make one of them anything
     /// else, then the connection, which can only read, refuses it.
     known_reads: RefCell<HashSet<Box<str>>>,
+    /// Of the schema under which they were: another one's views may expand to more.
+    known_under: Cell<i64>,
 }
 
 impl OpenReader {
@@ -183,8 +190,12 @@ impl OpenReader {
         sql_kind::kind(self.connection.classify(sql), sql, &self.syntax)
     }
 
-    fn is_known_read(&self, sql: &str) -> bool {
-        self.known_reads.borrow().contains(sql)
+    fn is_known_read(&self, sql: &str) -> rusqlite::Result<bool> {
+        let version = self.connection.schema_version()?;
+        if self.known_under.replace(version) != version {
+            self.known_reads.take();
+        }
+        Ok(self.known_reads.borrow().contains(sql))
     }
 
     fn learn_read(&self, sql: &str) {
@@ -343,7 +354,7 @@ impl Reading<'_> {
     /// Lets only reads pass.
     fn check(&self) -> Result<(), Failure> {
         let statement = &self.job.statements[self.at];
-        if self.reader.is_known_read(&statement.sql) {
+        if self.reader.is_known_read(&statement.sql).map_err(Failure::Node)? {
             return Ok(());
         }
         let error = match self.reader.connection.classify(&statement.sql) {
