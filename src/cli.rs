@@ -19,6 +19,7 @@ mod playground;
 mod progress;
 mod raft;
 mod render;
+mod restore;
 mod screen;
 mod shell;
 mod status;
@@ -68,6 +69,8 @@ enum Command {
     Backup(backup::BackupArguments),
     /// Write the whole content as of one moment as SQL
     Dump(backup::DumpArguments),
+    /// Replace the whole content by that of an SQLite file
+    Restore(restore::Arguments),
     /// Measure a cluster: a closed loop of clients
     Bench(bench::Arguments),
     /// Make certificates: for a cluster's nodes and for its clients
@@ -174,6 +177,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Verify(arguments) => verify::run(arguments).await,
         Command::Backup(arguments) => backup::run_backup(arguments).await,
         Command::Dump(arguments) => backup::run_dump(arguments).await,
+        Command::Restore(arguments) => restore::run(arguments).await,
         Command::Bench(arguments) => bench::run(arguments).await,
         Command::Cert(command) => cert::run(command),
         Command::Cluster(command) => cluster::run(command),

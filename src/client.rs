@@ -35,6 +35,7 @@ mod backup;
 mod endpoints;
 pub(crate) mod error;
 mod ids;
+mod restore;
 mod stream;
 mod transaction;
 mod value;
@@ -53,6 +54,7 @@ use tonic::{Request, Status};
 pub use self::{
     backup::Backup,
     error::Error,
+    restore::RestoreProgress,
     stream::{Event, Rows, Run},
     transaction::Transaction,
     value::{FromValue, Params, Row, Value},

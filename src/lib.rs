@@ -23,6 +23,7 @@ pub mod client;
 pub mod codec;
 pub mod config;
 pub mod daemon;
+pub mod database_file;
 pub mod directory_lock;
 pub mod disk;
 pub mod monitoring;

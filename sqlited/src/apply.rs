@@ -4,12 +4,13 @@
 //! crash the file itself says which entries it holds: the applied index is part of every transaction.
 
 mod error;
+mod restore;
 mod tables;
 
 use std::{
     fs::File,
     io,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -24,6 +25,7 @@ use crate::{
     classify::Failure,
     connection::Writer,
     execute::{self, Execution, Remedies, Savepoints, Stop},
+    restore::Staging,
     sessions::{Admission, ClientId, Sessions},
     sqlite_ffi::VfsState,
     verify::Verifications,
@@ -104,6 +106,9 @@ pub struct Applier {
     durability: Durability,
     /// A transaction has failed, and what it left in memory is not taken back yet.
     in_disorder: bool,
+    /// The database's file.
+    path: PathBuf,
+    staging: Staging,
 }
 
 /// An entry, decoded.
@@ -143,6 +148,7 @@ impl Applier {
         check_local_time(&writer.connection).map_err(sqlite)?.map_err(failed)?;
         let sessions = Sessions::load(&writer.connection).map_err(sqlite)?;
         let versions = Versions::load(&writer.connection).map_err(sqlite)?;
+        let staging = Staging::load(&writer.connection).map_err(sqlite)?;
         let wal = open_wal(path).map_err(|error| failed(format!("cannot open its -wal: {error}")))?;
         let applied_index = Arc::new(AtomicU64::new(position.applied_index));
         Ok(Self {
@@ -154,6 +160,8 @@ impl Applier {
             execution_version: version::execution_version(),
             durability: Durability { wal: Arc::new(wal), applied_index },
             in_disorder: false,
+            path: path.to_owned(),
+            staging,
         })
     }
 
@@ -253,6 +261,12 @@ impl Applier {
         let mut remedies = Remedies::new();
         let mut replies = Vec::new();
         let mut in_trouble = false;
+        if let [Item { entry, work: Work::Request(request) }] = &items[..]
+            && let Some(finish) = restore::finish_of(request)
+        {
+            applied.push(self.finish_restore(entry, request, finish)?);
+            return Ok((1, 0));
+        }
         loop {
             replies.clear();
             match self.run_group(&items, &remedies, &mut replies) {
@@ -316,11 +330,14 @@ impl Applier {
                     break;
                 }
             }
+            if is_restore(&work) && !items.is_empty() {
+                break;
+            }
             bytes += entry.payload.len();
-            let is_marker = is_marker(&work);
+            // What is committed with a marker is what every node hashes; a restore is a transaction of its own.
+            let ends_group = is_marker(&work) || is_restore(&work);
             items.push(Item { entry, work });
-            // What is committed with it is what every node hashes.
-            if is_marker {
+            if ends_group {
                 break;
             }
         }
@@ -378,7 +395,11 @@ impl Applier {
                 done = at + 1;
                 continue;
             };
-            let memory = Memory { sessions: &mut self.sessions, versions: &mut self.versions };
+            let memory = Memory {
+                sessions: &mut self.sessions,
+                versions: &mut self.versions,
+                staging: &mut self.staging,
+            };
             match run_request(&self.writer, memory, &mut savepoints, request, item.entry, remedies) {
                 Ok((reply, ends_group)) => {
                     reply_bytes += reply.reply.encoded_len();
@@ -393,7 +414,11 @@ impl Applier {
                 Err(Stop::Vacuum) if at > 0 => return Ok(Group::Cut { at }),
                 Err(Stop::Vacuum) => {
                     own.rollback.raw_execute().map_err(trouble)?;
-                    let memory = Memory { sessions: &mut self.sessions, versions: &mut self.versions };
+                    let memory = Memory {
+                        sessions: &mut self.sessions,
+                        versions: &mut self.versions,
+                        staging: &mut self.staging,
+                    };
                     replies.push(run_vacuum(&self.writer, memory, request, item.entry).map_err(trouble)?);
                     own.begin.raw_execute().map_err(trouble)?;
                     done = 1;
@@ -408,14 +433,20 @@ impl Applier {
         self.versions.save(&mut own.put_version, &mut own.delete_version).map_err(trouble)?;
         own.save_position(self.position.cluster_id, last).map_err(trouble)?;
         own.commit.raw_execute().map_err(trouble)?;
+        drop((own, savepoints));
+        self.note_committed(last);
+        self.pass_on(&items[..done]);
+        Ok(Group::Committed { done, reply_bytes })
+    }
+
+    /// Everything up to this entry is committed.
+    fn note_committed(&mut self, last: &LogEntry) {
         self.sessions.committed();
         self.versions.committed();
         self.position.applied_index = last.index;
         self.position.applied_term = last.term;
         self.position.applied_timestamp_ms = last.timestamp_ms;
         self.durability.applied_index.store(last.index, Ordering::Release);
-        self.pass_on(&items[..done]);
-        Ok(Group::Committed { done, reply_bytes })
     }
 
     /// What was committed that asks this node to hash its content, or tells it what another one's came to.
@@ -446,12 +477,19 @@ impl Applier {
             self.writer.connection.execute_batch("PRAGMA defer_foreign_keys = OFF")?;
             self.writer.reload_schema()?;
             self.sessions.reload(&self.writer.connection)?;
-            self.versions.reload(&self.writer.connection)
+            self.versions.reload(&self.writer.connection)?;
+            self.staging = Staging::load(&self.writer.connection)?;
+            Ok(())
         };
         back().map_err(|error| environment(index, &error))?;
         self.in_disorder = false;
         Ok(())
     }
+}
+
+/// Whether a staged file becomes the database here.
+fn is_restore(work: &Work) -> bool {
+    matches!(work, Work::Request(request) if restore::finish_of(request).is_some())
 }
 
 /// Whether every node hashes its content right after this.
@@ -467,23 +505,30 @@ fn is_marker_body(request: &LoggedRequest) -> bool {
 struct Memory<'m> {
     sessions: &'m mut Sessions,
     versions: &'m mut Versions,
+    staging: &'m mut Staging,
 }
 
 /// Executes one request, unless its session says that this was done before.
 fn run_request<'c>(
     writer: &'c Writer,
-    Memory { sessions, versions }: Memory<'_>,
+    Memory { sessions, versions, staging }: Memory<'_>,
     savepoints: &mut Savepoints<'c>,
     request: &LoggedRequest,
     entry: &LogEntry,
     remedies: &Remedies,
 ) -> Result<(Applied, bool), Stop> {
+    staging.expire(&writer.connection, entry.timestamp_ms).map_err(Stop::Environment)?;
     with_session(sessions, request, entry, || {
         if let Some(conflict) = request.reads.as_ref().and_then(|reads| versions.conflict(reads)) {
             return Ok((execute::reply(entry.index, Vec::new(), Some(conflict)), false));
         }
         if let Some(Body::Verify(_) | Body::Report(_)) = request.body {
             return Ok((execute::reply(entry.index, Vec::new(), None), is_marker_body(request)));
+        }
+        if let Some(Body::Restore(step)) = &request.body {
+            let failure = staging.apply(&writer.connection, step, entry.timestamp_ms);
+            let failure = failure.map_err(Stop::Environment)?;
+            return Ok((execute::reply(entry.index, Vec::new(), failure), false));
         }
         let executed =
             Execution::run(writer, savepoints, request, entry.index, entry.timestamp_ms, remedies)?;
@@ -494,11 +539,12 @@ fn run_request<'c>(
 
 fn run_vacuum(
     writer: &Writer,
-    Memory { sessions, versions }: Memory<'_>,
+    Memory { sessions, versions, staging }: Memory<'_>,
     request: &LoggedRequest,
     entry: &LogEntry,
 ) -> rusqlite::Result<Applied> {
     sessions.reload(&writer.connection)?;
+    *staging = Staging::load(&writer.connection)?;
     let vacuum = || {
         let reply = execute::vacuum(writer, request, entry.index, entry.timestamp_ms)?;
         // It may have given new rowids to the rows of every table that names none of its columns so.

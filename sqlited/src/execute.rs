@@ -166,7 +166,7 @@ impl<'a, 'c> Execution<'a, 'c> {
             Some(Body::Atomic(list)) => execution.atomic(&list.statements, &mut results),
             Some(Body::Script(list)) => execution.script(&list.statements, &mut results),
             // A marker is no business of SQLite's; it does not come here.
-            Some(Body::Verify(_) | Body::Report(_)) => Ok(()),
+            Some(Body::Verify(_) | Body::Report(_) | Body::Restore(_)) => Ok(()),
             None => {
                 Err(Failure::new(ReplyClass::Invalid, ffi::SQLITE_ERROR, 0, "the request is empty").into())
             }
@@ -283,7 +283,7 @@ pub(crate) fn vacuum(
     writer.begin_request(timestamp_ms, &request.seed);
     let statements = match &request.body {
         Some(Body::Atomic(list) | Body::Script(list)) => &list.statements[..],
-        Some(Body::Verify(_) | Body::Report(_)) | None => &[],
+        Some(Body::Verify(_) | Body::Report(_) | Body::Restore(_)) | None => &[],
     };
     let Some(source) = statements.first() else { return Ok(reply(index, Vec::new(), None)) };
     let ended = vacuum_statement(writer, source);

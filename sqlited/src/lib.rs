@@ -35,6 +35,7 @@ pub mod raft_link;
 pub mod reads;
 pub mod recover;
 pub mod reload;
+pub mod restore;
 pub mod run_request;
 pub mod script;
 pub mod service;
@@ -91,6 +92,7 @@ use crate::{
     pipeline::{Pipeline, PipelineError},
     raft_link::{DoesNotBelong, RaftLink, SnapshotExchange},
     reads::{Patience, Readers},
+    restore::Uploads,
     run_request::Runner,
     service::{Service, ServiceParts},
     status::StatusSource,
@@ -203,6 +205,8 @@ pub async fn run(
     {
         tracing::info!("a snapshot that was received before has taken the database's place");
     }
+    restore::remove_leftovers(&database)
+        .map_err(|error| RunError::Start(format!("cannot remove what a restore has left behind: {error}")))?;
     let member_ids = config.cluster.members.iter().map(|member| member.id);
     let verifications = Verifications::new(database.clone(), config.node_id, member_ids);
     let diverged = Mark::load(&database).map_err(|error| {
@@ -254,6 +258,7 @@ pub async fn run(
         runner,
         transactions: Arc::clone(&transactions),
         verifications: verifications.clone(),
+        uploads: Uploads::new(Arc::clone(&writes), database.clone()),
         backups: Backups::new(database.clone(), users.clone()),
         facts: facts.clone(),
         node_id: config.node_id,

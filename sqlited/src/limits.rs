@@ -75,6 +75,9 @@ pub const MAX_TRANSACTIONS: usize = 64;
 /// How long a read waits for a client that takes no rows, before it gives its reader to others.
 pub const CLIENT_STALL_MAX: Duration = Duration::from_secs(30);
 
+/// How long the last step of a restore may take, in which every node copies the whole content.
+pub const RESTORE_FINISH_MAX: Duration = Duration::from_secs(1_800);
+
 /// After a stop was asked for, requests under way have so long to end.
 pub const STOP_GRACE: Duration = Duration::from_secs(2);
 

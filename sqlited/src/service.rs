@@ -6,13 +6,14 @@ use std::{pin::Pin, sync::Arc};
 use resqlite::api::{
     BackupFormat, BackupRequest, BackupResponse, BeginRequest, BeginResponse, ContentHashRequest,
     ContentHashResponse, ExecuteRequest, ExecuteResponse, MoveLeaderRequest, MoveLeaderResponse,
-    QueryRequest, QueryResponse, ReadOptions, RollbackRequest, RollbackResponse, RunEvent, RunRequest,
-    RunResponse, Statement, StatementList, StatementResult, StatusRequest, StatusResponse, VerifyMarker,
-    VerifyRequest, VerifyResponse, logged_request::Body, re_sqlite_server::ReSqlite, run_event::Event,
+    QueryRequest, QueryResponse, ReadOptions, RestoreRequest, RestoreResponse, RollbackRequest,
+    RollbackResponse, RunEvent, RunRequest, RunResponse, Statement, StatementList, StatementResult,
+    StatusRequest, StatusResponse, VerifyMarker, VerifyRequest, VerifyResponse, logged_request::Body,
+    re_sqlite_server::ReSqlite, run_event::Event,
 };
 use tokio::{sync::mpsc, time::timeout_at};
 use tokio_stream::{Stream, StreamExt, once, wrappers::ReceiverStream};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     backup::Backups,
@@ -22,6 +23,7 @@ use crate::{
     leadership::Leadership,
     limits::{MAX_PARAMETERS, MAX_STATEMENTS},
     reads::ReadBatch,
+    restore::Uploads,
     run_request::{Runner, ScriptRequest, nul_byte, split},
     script::Kind,
     status::StatusSource,
@@ -53,6 +55,8 @@ pub struct ServiceParts {
     pub verifications: Verifications,
     /// Copies of the whole content.
     pub backups: Backups,
+    /// Files that are to become the content.
+    pub uploads: Uploads,
     /// How this node is.
     pub facts: Facts,
     /// Of this node.
@@ -225,6 +229,13 @@ impl ReSqlite for Service {
     ) -> Result<Response<MoveLeaderResponse>, Status> {
         let leader_id = self.parts.leadership.move_to(request.into_inner().to).await?;
         Ok(Response::new(MoveLeaderResponse { leader_id }))
+    }
+
+    async fn restore(
+        &self,
+        request: Request<Streaming<RestoreRequest>>,
+    ) -> Result<Response<RestoreResponse>, Status> {
+        Ok(Response::new(self.parts.uploads.take(request.into_inner()).await?))
     }
 
     async fn status(&self, _request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {

@@ -14,8 +14,9 @@ use tonic::{Code, Response};
 use super::*;
 use crate::api::{
     BackupFormat, BackupHeader, BackupRequest, BackupResponse, BackupTrailer, BeginRequest, BeginResponse,
-    ContentHashRequest, ContentHashResponse, NodeStatus, QueryResponse, RequestId, RollbackRequest,
-    RollbackResponse, RunColumns, RunDone, RunEvent, RunResponse, VerifyRequest, VerifyResponse,
+    ContentHashRequest, ContentHashResponse, NodeStatus, QueryResponse, RequestId, RestoreRequest,
+    RestoreResponse, RollbackRequest, RollbackResponse, RunColumns, RunDone, RunEvent, RunResponse,
+    VerifyRequest, VerifyResponse,
     backup_response::Part,
     re_sqlite_server::{ReSqlite, ReSqliteServer},
     run_event,
@@ -89,6 +90,13 @@ impl ReSqlite for Node {
         _: Request<api::MoveLeaderRequest>,
     ) -> Result<Response<api::MoveLeaderResponse>, Status> {
         Err(Status::unimplemented("nobody leads here"))
+    }
+
+    async fn restore(
+        &self,
+        _: Request<tonic::Streaming<RestoreRequest>>,
+    ) -> Result<Response<RestoreResponse>, Status> {
+        Err(Status::unimplemented("there is nothing to replace"))
     }
 
     async fn verify(&self, _: Request<VerifyRequest>) -> Result<Response<VerifyResponse>, Status> {

@@ -18,7 +18,7 @@ use crate::harness::{Cluster, eventually, execute, program, sqlite3, statement};
 pub const EVERYTHING: &str = "
     create table bag(a, b text, g as (a || b));
     insert into bag(rowid, a, b) values(9, 1, 'one'), (4, x'00ff', null), (700, 0.1, 'it''s'), (701, -0.0, '');
-    insert into bag(a, b) values(1e300, cast(x'ff00' as text)), ('two
+    insert into bag(a, b) values(1e300, 'e'), ('two
 lines', char(13, 10)), (9007199254740993, '.quit');
     create table kept(id integer primary key autoincrement, t text collate nocase unique, p references kept(id));
     insert into kept(t) values('a'), ('b'), ('c'); delete from kept where t = 'c';
@@ -168,6 +168,7 @@ async fn a_backup_keeps_what_vacuum_would_not_and_replaces_nothing_unasked() {
 async fn a_dump_makes_an_equal_database_in_sqlite3_and_in_a_cluster() {
     let cluster = Cluster::start(1).await;
     resqlite_ok(&cluster, &["shell", "-c", EVERYTHING]);
+    resqlite_ok(&cluster, &["shell", "-c", "insert into bag(b) values(cast(x'ff0041' as text))"]);
     let first = cluster.path().join("first.sql");
     resqlite_ok(&cluster, &["dump", argument(&first)]);
     let dump = fs::read_to_string(&first).unwrap();

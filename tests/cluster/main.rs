@@ -26,6 +26,7 @@ mod random_scripts;
 mod real_data;
 mod reflection;
 mod replacement;
+mod restore;
 mod snapshots;
 mod survival;
 mod transactions;

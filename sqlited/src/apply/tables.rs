@@ -6,7 +6,7 @@
 use resqlite::api::LogEntry;
 use rusqlite::{Connection, Statement};
 
-use crate::{sessions::Sessions, versions::Versions};
+use crate::{restore::Staging, sessions::Sessions, versions::Versions};
 
 /// The format of the server's own tables.
 const SCHEMA_FORMAT: i64 = 1;
@@ -48,10 +48,11 @@ pub(super) fn open_tables(connection: &Connection) -> rusqlite::Result<Result<Po
         return Ok(Err(format!("its encoding is {encoding}: only UTF-8 is supported")));
     }
     connection.execute_batch(&format!(
-        "BEGIN IMMEDIATE; {META_SCHEMA}; {}; {};
+        "BEGIN IMMEDIATE; {META_SCHEMA}; {}; {}; {};
          INSERT OR IGNORE INTO _resqlite_meta VALUES (0, {SCHEMA_FORMAT}, 0, 0, 0, 0); COMMIT",
         Sessions::SCHEMA,
-        Versions::SCHEMA
+        Versions::SCHEMA,
+        Staging::SCHEMA
     ))?;
     stored_position(connection)
 }

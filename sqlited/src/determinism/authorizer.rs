@@ -26,6 +26,11 @@ pub const RESERVED_PREFIX: &str = "_resqlite_";
 const MODULES: [&str; 8] =
     ["fts3", "fts4", "fts4aux", "fts3tokenize", "fts5", "fts5vocab", "rtree", "rtree_i32"];
 
+/// Whether virtual tables of this module may be.
+pub(crate) fn is_known_module(name: &str) -> bool {
+    MODULES.iter().any(|module| module.eq_ignore_ascii_case(name))
+}
+
 /// Table-valued functions and tables that show this node's file or memory.
 const NODE_LOCAL_TABLES: [&str; 6] =
     ["dbstat", "sqlite_dbpage", "sqlite_stmt", "sqlite_memstat", "bytecode", "tables_used"];
@@ -383,7 +388,7 @@ impl State {
             AuthAction::CreateVtable { module_name, .. } => {
                 self.facts.changes_virtual_tables = true;
                 self.facts.writes_virtual_table = true;
-                if !MODULES.iter().any(|module| module.eq_ignore_ascii_case(module_name)) {
+                if !is_known_module(module_name) {
                     return self.refuse(format!(
                         "virtual tables of the module {module_name} may differ from node to node"
                     ));

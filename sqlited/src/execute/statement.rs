@@ -304,7 +304,8 @@ impl<'c> Execution<'_, 'c> {
         let check = || -> rusqlite::Result<bool> {
             let mut names = connection.prepare(
                 "SELECT count(*) FROM sqlite_schema WHERE lower(substr(name, 1, 10)) = ?1
-                 AND name NOT IN ('_resqlite_meta', '_resqlite_sessions', '_resqlite_versions')",
+                 AND name NOT IN ('_resqlite_meta', '_resqlite_sessions', '_resqlite_versions',
+                                  '_resqlite_restore', '_resqlite_restore_chunks')",
             )?;
             let mut found: i64 = names.query_row([RESERVED_PREFIX], |row| row.get(0))?;
             let mut parents = connection.prepare(

@@ -14,8 +14,8 @@ use crate::{
     api::{
         self, BackupRequest, BackupResponse, BeginRequest, BeginResponse, ContentHashRequest,
         ContentHashResponse, ExecuteRequest, ExecuteResponse, NodeStatus, QueryRequest, QueryResponse,
-        RollbackRequest, RollbackResponse, RunColumns, RunDone, RunEvent, RunRequest, RunResponse, SqlError,
-        StatusRequest, StatusResponse, VerifyRequest, VerifyResponse,
+        RestoreRequest, RestoreResponse, RollbackRequest, RollbackResponse, RunColumns, RunDone, RunEvent,
+        RunRequest, RunResponse, SqlError, StatusRequest, StatusResponse, VerifyRequest, VerifyResponse,
         re_sqlite_server::{ReSqlite, ReSqliteServer},
         run_event,
         value::Kind,
@@ -69,6 +69,13 @@ impl ReSqlite for Server {
         _: Request<api::MoveLeaderRequest>,
     ) -> Result<Response<api::MoveLeaderResponse>, Status> {
         Err(Status::unimplemented("nobody leads here"))
+    }
+
+    async fn restore(
+        &self,
+        _: Request<tonic::Streaming<RestoreRequest>>,
+    ) -> Result<Response<RestoreResponse>, Status> {
+        Err(Status::unimplemented("there is nothing to replace"))
     }
 
     async fn verify(&self, _: Request<VerifyRequest>) -> Result<Response<VerifyResponse>, Status> {

@@ -1,0 +1,98 @@
+//! The entry that makes a staged file the database.
+//!
+//! It runs alone in its group, and its transaction is the copying of the file's pages: the file was given the
+//! server's own tables before, with this entry as the applied index.
+
+use resqlite::api::{
+    LogEntry, LoggedRequest, RestoreFinish, RestoreStep, logged_request::Body, restore_step::Step,
+};
+
+use super::{Applied, Applier, ApplyError, environment, tables::OwnStatements, with_session};
+use crate::{
+    execute,
+    restore::{Candidate, Trial},
+};
+
+/// The last step of a restore, if the request is one.
+pub(super) fn finish_of(request: &LoggedRequest) -> Option<(&RestoreStep, &RestoreFinish)> {
+    match &request.body {
+        Some(Body::Restore(step)) => match &step.step {
+            Some(Step::Finish(finish)) => Some((step, finish)),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+impl Applier {
+    /// Makes the staged file the database, or finds that it cannot be one.
+    pub(super) fn finish_restore(
+        &mut self,
+        entry: &LogEntry,
+        request: &LoggedRequest,
+        (step, finish): (&RestoreStep, &RestoreFinish),
+    ) -> Result<Applied, ApplyError> {
+        let done = self.try_to_restore(entry, request, (step, finish));
+        if done.is_err() || self.in_disorder {
+            self.recover(entry.index)?;
+        }
+        done.map_err(|error| environment(entry.index, &error))
+    }
+
+    fn try_to_restore(
+        &mut self,
+        entry: &LogEntry,
+        request: &LoggedRequest,
+        (step, finish): (&RestoreStep, &RestoreFinish),
+    ) -> rusqlite::Result<Applied> {
+        let Self { writer, staging, path, sessions, .. } = self;
+        let mut candidate = None;
+        let (applied, _) = with_session(sessions, request, entry, || {
+            let trial = Candidate::make(&writer.connection, staging, path, &step.upload_id, finish);
+            let refusal = match trial {
+                Ok(made) => {
+                    candidate = Some(made);
+                    None
+                }
+                Err(Trial::Refused(failure)) => Some(failure),
+                Err(Trial::Environment(error)) => return Err(error),
+            };
+            Ok((execute::reply(entry.index, Vec::new(), refusal), true))
+        })?;
+        match candidate {
+            Some(candidate) => self.become_candidate(candidate, entry)?,
+            None => self.record_without_restoring(entry, step)?,
+        }
+        Ok(applied)
+    }
+
+    fn become_candidate(&mut self, candidate: Candidate, entry: &LogEntry) -> rusqlite::Result<()> {
+        self.versions.changed_everything(entry.index);
+        self.save_entry(candidate.connection(), entry)?;
+        candidate.replace(&mut self.writer.connection)?;
+        self.note_committed(entry);
+        // The schema, what is prepared and what is staged are those of the old content.
+        self.in_disorder = true;
+        Ok(())
+    }
+
+    /// It was refused, or it is a repetition: an entry like any other.
+    fn record_without_restoring(&mut self, entry: &LogEntry, step: &RestoreStep) -> rusqlite::Result<()> {
+        let transaction = self.writer.connection.unchecked_transaction()?;
+        // Whoever asks again has to send the file again.
+        if self.staging.is_under_way(&step.upload_id) {
+            self.staging.clear(&transaction)?;
+        }
+        self.save_entry(&transaction, entry)?;
+        transaction.commit()?;
+        self.note_committed(entry);
+        Ok(())
+    }
+
+    fn save_entry(&self, connection: &rusqlite::Connection, entry: &LogEntry) -> rusqlite::Result<()> {
+        let mut own = OwnStatements::prepare(connection)?;
+        self.sessions.save(&mut own.put_session, &mut own.delete_session)?;
+        self.versions.save(&mut own.put_version, &mut own.delete_version)?;
+        own.save_position(self.position.cluster_id, entry)
+    }
+}
