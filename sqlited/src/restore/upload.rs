@@ -6,10 +6,10 @@
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
-use resqlite::api::{
+use resqlite::{disk, api::{
     RestoreAbandon, RestoreBegin, RestoreChunk, RestoreEnd, RestoreFinish, RestoreRequest, RestoreResponse,
     RestoreStart, RestoreStep, StoredReply, logged_request::Body, restore_request::Part, restore_step::Step,
-};
+}};
 use tokio::{
     task::JoinSet,
     time::{Instant, timeout},
@@ -17,7 +17,6 @@ use tokio::{
 use tonic::{Status, Streaming};
 
 use crate::{
-    disk,
     errors::reply_status,
     limits::{CLIENT_STALL_MAX, RESTORE_FINISH_MAX},
     write_path::{WriteId, WritePath},
