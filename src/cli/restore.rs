@@ -37,7 +37,7 @@ async fn restore(Arguments { cluster, file, force }: &Arguments) -> Result<(), E
     let size_bytes = file.metadata().map(|metadata| metadata.len());
     let size_bytes =
         size_bytes.map_err(|error| Error::Invalid(format!("{} cannot be read: {error}", file.display())))?;
-    let client = connect(&cluster.endpoints).await?;
+    let client = connect(cluster.builder()).await?;
     let (sent, bar) = (RestoreProgress::default(), progress::bar(Some(size_bytes)));
     let log_index = tokio::select! {
         done = client.restore(file, *force, sent.clone()) => done,

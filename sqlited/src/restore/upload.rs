@@ -6,10 +6,14 @@
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
-use resqlite::{disk, api::{
-    RestoreAbandon, RestoreBegin, RestoreChunk, RestoreEnd, RestoreFinish, RestoreRequest, RestoreResponse,
-    RestoreStart, RestoreStep, StoredReply, logged_request::Body, restore_request::Part, restore_step::Step,
-}};
+use resqlite::{
+    api::{
+        RestoreAbandon, RestoreBegin, RestoreChunk, RestoreEnd, RestoreFinish, RestoreRequest,
+        RestoreResponse, RestoreStart, RestoreStep, StoredReply, logged_request::Body, restore_request::Part,
+        restore_step::Step,
+    },
+    disk,
+};
 use tokio::{
     task::JoinSet,
     time::{Instant, timeout},
