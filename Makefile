@@ -4,7 +4,7 @@ CARGO   ?= cargo
 PROFILE ?= release
 BIN      = target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 
-.PHONY: playground test build check tools sim soak deb apt-repo test-hosts clean help
+.PHONY: playground test build check tools sim powercut soak deb apt-repo test-hosts clean help
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ sim: ## simulates SEEDS histories of whole clusters under faults (seed=17 in ARG
 MINUTES ?= 30
 soak: build ## three nodes under load and faults for MINUTES: fails if memory or file descriptors grow
 	@tests/soak --minutes $(MINUTES) --bin $(BIN)
+
+ROUNDS ?= 200
+powercut: tools build ## cuts the power ROUNDS times under load (SEED=17: as that run did); needs root
+	@ROUNDS=$(ROUNDS) SEED=$(SEED) $(CARGO) test --profile $(PROFILE) -p resqlite --test powercut -- --nocapture
 
 deb: ## the Debian package, into target/deb
 	@packaging/build-deb

@@ -267,7 +267,6 @@ pub async fn run(
         leadership: Leadership::new(&config, link.clone()),
         max_result_bytes: config.sqlited.max_result_bytes as usize,
     });
-    let users = snapshot::Users::new(Arc::clone(&readers));
     let upkeep = Upkeep {
         interval: Duration::from_secs(config.sqlited.verify_interval_seconds),
         database: database.clone(),

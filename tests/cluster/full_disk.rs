@@ -7,7 +7,7 @@ use resqlite::api::{ExecuteRequest, QueryRequest};
 use tonic::{Code, Status};
 
 use crate::{
-    filesystem::SmallFilesystem,
+    filesystem::Filesystem,
     harness::{Cluster, Daemon, eventually, execute, only_integer, query, statement},
 };
 
@@ -18,7 +18,7 @@ const MIN_FREE_BYTES: u64 = 16 << 20;
 const ROW_BYTES: usize = 64 << 10;
 
 /// A cluster of which these nodes have their data on a small filesystem each. None where mounting is not allowed.
-async fn start(size: usize, small: &[usize], bytes: u64) -> Option<(Cluster, Vec<SmallFilesystem>)> {
+async fn start(size: usize, small: &[usize], bytes: u64) -> Option<(Cluster, Vec<Filesystem>)> {
     let mut cluster = Cluster::prepare_with(size, "log_tail_entries: 100\nlog_tail_bytes: 1048576", "");
     let mut filesystems = Vec::new();
     for node in 0..size {
@@ -28,7 +28,7 @@ async fn start(size: usize, small: &[usize], bytes: u64) -> Option<(Cluster, Vec
         fs::write(&config, format!("{text}min_free_bytes: {MIN_FREE_BYTES}\n")).unwrap();
         if small.contains(&node) {
             let image = directory.join("image");
-            let filesystem = SmallFilesystem::mount(image, directory.join("small"), bytes)?;
+            let filesystem = Filesystem::mount(image, directory.join("small"), bytes)?;
             for name in ["raft", "sql"] {
                 fs::create_dir(filesystem.path().join(name)).unwrap();
                 symlink(filesystem.path().join(name), directory.join(name)).unwrap();

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    env,
     fs::{self, File},
     net::TcpListener,
     path::{Path, PathBuf},
@@ -57,7 +58,12 @@ struct Node {
 }
 
 /// A program that was built together with this test.
+///
+/// `RESQLITE_TEST_PROGRAMS` names a directory with other builds to be tried, such as one that is broken on purpose.
 pub fn program(name: &str) -> PathBuf {
+    if let Some(others) = env::var_os("RESQLITE_TEST_PROGRAMS") {
+        return Path::new(&others).join(name);
+    }
     let built = Path::new(env!("CARGO_BIN_EXE_resqlite")).with_file_name(name);
     assert!(built.exists(), "{} is not built: run `cargo build --workspace --bins` first", built.display());
     built

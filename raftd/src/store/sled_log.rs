@@ -35,6 +35,15 @@ use super::{
 
 const SEGMENT_BYTES: usize = 8 << 20;
 
+#[cfg(all(feature = "trials", not(debug_assertions)))]
+compile_error!("the feature `trials` breaks the log on purpose: it is for debug builds only");
+
+/// Whether a part of the discipline is to be left out, so that a test can show what it is good for. The environment
+/// is asked only where the feature `trials` is on.
+fn is_left_out(part: &str) -> bool {
+    cfg!(feature = "trials") && std::env::var("RESQLITE_TRIAL").is_ok_and(|trial| trial == part)
+}
+
 /// A shorter `conf` is one that sled takes for absent.
 const CONF_MIN_BYTES: u64 = 9;
 
@@ -82,11 +91,11 @@ impl SledLog {
     fn start(dir: &Path, cache_bytes: u64) -> Result<Self, LogStoreError> {
         let deadline = Instant::now() + RELEASE_PATIENCE;
         let db = loop {
-            let config = sled::Config::new()
-                .path(dir)
-                .segment_size(SEGMENT_BYTES)
-                .cache_capacity(cache_bytes)
-                .flush_every_ms(None);
+            let mut config = sled::Config::new().path(dir);
+            if !is_left_out("segment_size") {
+                config = config.segment_size(SEGMENT_BYTES);
+            }
+            let config = config.cache_capacity(cache_bytes).flush_every_ms(None);
             match guarded(|| config.open()) {
                 // The caller holds the data directory's lock, so that no other process can be the one that holds
                 // sled's: sled's threads let go of a database a moment after it was closed.
@@ -173,6 +182,9 @@ impl LogStore for SledLog {
 
     fn sync(&self) -> Result<(), LogStoreError> {
         self.flush()?;
+        if is_left_out("fdatasync") {
+            return Ok(());
+        }
         Ok(self.file.sync_data()?)
     }
 
