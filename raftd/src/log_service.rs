@@ -286,13 +286,18 @@ impl LocalLogParts {
         }
         // An onlooker has applied nothing: it only says where to begin.
         let term = self.reader.term(applied.index).map_err(unreadable)?;
-        if term == Some(applied.term) || !attach.exclusive {
+        let is_in_log = term == Some(applied.term);
+        let was_taken = self.snapshots.taken() == Some(applied);
+        if !attach.exclusive || (is_in_log && !was_taken) {
             return Ok(());
         }
         // What a state machine has applied is committed, so a log that ends before it, or holds what was never
-        // committed in its place, begins anew after it. That is how a snapshot is installed.
-        let is_snapshot = term.is_none() || self.snapshots.taken() == Some(applied);
-        if is_snapshot && self.install(applied).await? == SnapshotOutcome::Installed {
+        // committed in its place, begins anew after it. That is how a snapshot is installed. One that ends within the
+        // log says at least what is committed: the leader sends nothing else, and waits to hear that it is there.
+        if (term.is_none() || was_taken) && self.install(applied).await? == SnapshotOutcome::Installed {
+            return Ok(());
+        }
+        if is_in_log {
             return Ok(());
         }
         let now = *self.progress.borrow();

@@ -12,6 +12,7 @@ mod budget;
 mod consistency;
 mod durability;
 mod exactly_once;
+#[allow(dead_code, reason = "shared with the power cuts")]
 mod filesystem;
 mod full_disk;
 mod harness;

@@ -249,9 +249,14 @@ impl Progress {
     }
 
     /// What is under way may be lost: look where the follower stands.
+    ///
+    /// Of one that has not answered this leader yet nothing is known to match, and that is no reason to begin at the
+    /// first entry: it would be sent a snapshot for having been away at the election.
     pub(crate) fn probe(&mut self) {
-        if self.state != ProgressState::Snapshot {
-            self.enter(ProgressState::Probe, self.matched + 1);
+        match self.state {
+            ProgressState::Replicate => self.enter(ProgressState::Probe, self.matched + 1),
+            ProgressState::Probe => self.probe_sent = false,
+            ProgressState::Snapshot => {}
         }
     }
 
