@@ -36,9 +36,12 @@ const ATTACH_PATIENCE: Duration = Duration::from_secs(10);
 /// How many tasks may wait for the state machine: one for each peer is plenty.
 const TASKS_IN_FLIGHT: usize = 16;
 
-/// A transfer in which nothing moves for so long is given up; copying a large
-/// database to a file comes before its first part.
+/// A transfer in which nothing moves for so long is given up.
 const STALLED_AFTER: Duration = Duration::from_secs(120);
+
+/// Before the first part a state machine copies its database to a file, and a large one takes its time. Whether it
+/// is still at it is known by its listening for tasks; this is only the last resort.
+const COPY_PATIENCE: Duration = Duration::from_secs(6 * 3_600);
 
 /// Only the part that says so is a snapshot's end; an error, or a channel that closes before, is a transfer cut off.
 type PartSender = mpsc::Sender<Result<SnapshotPart, Status>>;
@@ -114,7 +117,7 @@ impl Snapshots {
     pub async fn bring(&self, peer: NodeId, route: Route) -> Result<u64, Status> {
         let (parts, mut receiver) = mpsc::channel(PARTS_IN_FLIGHT);
         let (finish, finished) = oneshot::channel();
-        let transfer_id = {
+        let (transfer_id, listener) = {
             let mut state = self.lock();
             state.last_transfer_id += 1;
             let transfer_id = state.last_transfer_id;
@@ -123,9 +126,14 @@ impl Snapshots {
                 state.outgoing.remove(&transfer_id);
                 return Err(status);
             }
-            transfer_id
+            (transfer_id, state.watcher.clone())
         };
-        let result = deliver(peer, route, &mut receiver, &self.sent_bytes).await;
+        let listener = listener.expect("a task was assigned to it");
+        let result = match first_part(&listener, &mut receiver).await {
+            Ok(first) => deliver(peer, route, first, &mut receiver, &self.sent_bytes).await,
+            Err(status) => Err(status),
+        };
+        drop(listener);
         // Unless the state machine has begun, nobody else would forget it.
         self.lock().outgoing.remove(&transfer_id);
         let _ = finish.send(result.clone().map(drop));
@@ -134,7 +142,9 @@ impl Snapshots {
 
     /// Our state machine hands over the snapshot that [`Snapshots::bring`] asked for.
     pub async fn send(&self, mut stream: Streaming<SnapshotPart>) -> Result<(), Status> {
-        let first = next_part(&mut stream).await?.ok_or_else(|| Status::invalid_argument("no part came"))?;
+        let first = stalled(timeout(COPY_PATIENCE, stream.next()).await)?
+            .transpose()?
+            .ok_or_else(|| Status::invalid_argument("no part came"))?;
         let outgoing = self.lock().outgoing.remove(&first.transfer_id);
         let Outgoing { parts, finished } = outgoing
             .ok_or_else(|| Status::not_found(format!("nobody waits for snapshot {}", first.transfer_id)))?;
@@ -223,14 +233,29 @@ pub struct Route {
     pub from: NodeId,
 }
 
+fn given_up() -> Status {
+    Status::aborted("the state machine gave the snapshot up")
+}
+
+/// The first part comes once the state machine has made its copy. It is waited for as long as that one listens.
+async fn first_part(
+    listener: &mpsc::Sender<SnapshotTask>,
+    parts: &mut PartReceiver,
+) -> Result<SnapshotPart, Status> {
+    tokio::select! {
+        biased;
+        first = timeout(COPY_PATIENCE, parts.recv()) => stalled(first)?.ok_or_else(given_up)?,
+        () = listener.closed() => Err(given_up()),
+    }
+}
+
 async fn deliver(
     peer: NodeId,
     route: Route,
+    first: SnapshotPart,
     parts: &mut PartReceiver,
     sent_bytes: &IntCounter,
 ) -> Result<u64, Status> {
-    let given_up = || Status::aborted("the state machine gave the snapshot up");
-    let first = stalled(timeout(STALLED_AFTER, parts.recv()).await)?.ok_or_else(given_up)??;
     let position =
         first.position.ok_or_else(|| Status::invalid_argument("the first part has no position"))?;
     tracing::info!(peer, index = position.index, "sending a snapshot");
@@ -309,4 +334,34 @@ pub fn position_to_wire(position: Position) -> SnapshotPosition {
 /// A position from the wire.
 pub fn position_from_wire(position: SnapshotPosition) -> Position {
     Position { index: position.index, term: position.term, timestamp_ms: position.timestamp_ms }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::{Instant, advance};
+    use tonic::transport::Endpoint;
+
+    use super::*;
+
+    fn nowhere() -> Route {
+        let channel = Endpoint::from_static("http://127.0.0.1:1").connect_lazy();
+        Route { channel, cluster_id: 1, from: 1 }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_copy_is_no_stall_but_a_state_machine_that_is_gone_is() {
+        let snapshots = Snapshots::new(&Metrics::new());
+        let mut tasks = snapshots.watch();
+        let bringing = snapshots.clone();
+        let brought = tokio::spawn(async move { bringing.bring(2, nowhere()).await });
+        assert!(matches!(tasks.recv().await.unwrap().task, Some(Task::Send(1))));
+        advance(10 * STALLED_AFTER).await;
+        tokio::task::yield_now().await;
+        assert!(!brought.is_finished(), "it may be copying still");
+
+        let gone_at = Instant::now();
+        drop(tasks);
+        assert_eq!(brought.await.unwrap().unwrap_err().message(), given_up().message());
+        assert!(gone_at.elapsed() < STALLED_AFTER);
+    }
 }

@@ -27,6 +27,7 @@ use crate::{
     execute::{self, Execution, Remedies, Savepoints, Stop},
     restore::Staging,
     sessions::{Admission, ClientId, Sessions},
+    soundness::{self, Damage},
     sqlite_ffi::VfsState,
     verify::Verifications,
     version,
@@ -142,7 +143,14 @@ impl Applier {
     /// Opens or creates the database, and reads where it stands.
     pub fn open(path: &Path, settings: ApplySettings) -> Result<Self, ApplyError> {
         let failed = |reason: String| ApplyError::Open { path: path.to_owned(), reason };
-        let sqlite = |error: rusqlite::Error| failed(error.to_string());
+        let sqlite = |error: rusqlite::Error| match soundness::is_damage(&error) {
+            true => ApplyError::Damaged(Damage {
+                file: path.to_owned(),
+                applied_index: None,
+                reason: error.to_string(),
+            }),
+            false => failed(error.to_string()),
+        };
         let writer = Writer::open(path, settings.checkpoint_pages).map_err(sqlite)?;
         let position = open_tables(&writer.connection).map_err(sqlite)?.map_err(failed)?;
         check_local_time(&writer.connection).map_err(sqlite)?.map_err(failed)?;

@@ -41,6 +41,7 @@ pub mod script;
 pub mod service;
 pub mod sessions;
 pub mod snapshot;
+pub mod soundness;
 pub mod sql_kind;
 pub mod sqlite_ffi;
 pub mod status;
@@ -95,6 +96,7 @@ use crate::{
     restore::Uploads,
     run_request::Runner,
     service::{Service, ServiceParts},
+    soundness::{Check, Damage, RunningMark},
     status::StatusSource,
     syntax::SyntaxCheck,
     transactions::Transactions,
@@ -131,6 +133,9 @@ pub enum RunError {
     /// The database cannot be opened.
     #[error("the database cannot be opened: {0}")]
     Open(ApplyError),
+    /// The database is not what was written.
+    #[error(transparent)]
+    Damaged(#[from] Damage),
     /// The database was written in another cluster.
     #[error(
         "the database belongs to cluster {database:016x}, the configuration describes {configured:016x}: \
@@ -164,7 +169,9 @@ impl RunError {
     /// The process's exit status: 78 when only the operator can help, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::OtherCluster { .. } | Self::DoesNotBelong(_) | Self::Tls(_) => EXIT_CONFIG,
+            Self::OtherCluster { .. } | Self::DoesNotBelong(_) | Self::Damaged(_) | Self::Tls(_) => {
+                EXIT_CONFIG
+            }
             _ => 1,
         }
     }
@@ -212,6 +219,9 @@ pub async fn run(
     let diverged = Mark::load(&database).map_err(|error| {
         RunError::Start(format!("cannot tell whether the content was found wrong: {error}"))
     })?;
+    let running = RunningMark::set(&database);
+    let (running, stopped_cleanly) = running
+        .map_err(|error| RunError::Start(format!("cannot note that the database is in use: {error}")))?;
     let applier = open(&database, &config, verifications.clone())?;
     let facts = Facts::new(applier.position().applied_index);
     facts.publish_diverged(diverged);
@@ -254,6 +264,15 @@ pub async fn run(
         limits::MAX_TRANSACTIONS,
     ));
     let users = snapshot::Users::new(readers.clone());
+    let mut check = match stopped_cleanly {
+        true => Check::needless(),
+        false => Check::start(&database, facts.applied_index(), users.share().await)
+            .map_err(|error| RunError::Start(format!("no thread for a check: {error}")))?,
+    };
+    if let Err(damage) = check.wait_a_little().await {
+        keep_evidence(pipeline);
+        return Err(damage.into());
+    }
     let service = Service::new(ServiceParts {
         runner,
         transactions: Arc::clone(&transactions),
@@ -315,6 +334,7 @@ pub async fn run(
         error = keeper.run(config.cluster_id(), pipeline.handle(), pipeline.progress(), exchange, facts.clone()) => Err(error.into()),
         never = disk::keep_watch(watermark, ballast, facts.room_publisher()) => match never {},
         error = pipeline.deliver(&waiters, &facts) => Err(error.into()),
+        damage = check.damage() => Err(damage.into()),
         never = transactions.expire() => match never {},
         never = upkeep.run() => match never {},
         never = keep_certificates(tls, reloads) => match never {},
@@ -325,9 +345,22 @@ pub async fn run(
     };
     daemon::notify_stopping();
     abort.trigger();
-    stop_threads(readers, pipeline).await;
+    if let Err(RunError::Damaged(_)) = result {
+        keep_evidence(pipeline);
+        return result;
+    }
+    let stopped = stop_threads(readers, pipeline).await;
+    if stopped && result.is_ok() && check.is_done() {
+        // Without it the next start checks the database, and that is all.
+        let _ = running.clear();
+    }
     tracing::info!("sqlited has stopped");
     result
+}
+
+/// Leaves the database open until the process ends: closing it would write to it.
+fn keep_evidence(pipeline: Pipeline) {
+    std::mem::forget(pipeline);
 }
 
 /// Makes the directory, readable to nobody else, and names the database in it.
@@ -357,7 +390,10 @@ fn give_back_if_full(ballast: &Ballast, dir: &Path) -> Result<(), RunError> {
 
 fn open(database: &Path, config: &Config, verifications: Verifications) -> Result<Applier, RunError> {
     let settings = ApplySettings { verifications: Some(verifications), ..ApplySettings::default() };
-    let applier = Applier::open(database, settings).map_err(RunError::Open)?;
+    let applier = Applier::open(database, settings).map_err(|error| match error {
+        ApplyError::Damaged(damage) => RunError::Damaged(damage),
+        error => RunError::Open(error),
+    })?;
     let (recorded, configured) = (applier.position().cluster_id, config.cluster_id());
     if recorded != 0 && recorded != configured {
         return Err(RunError::OtherCluster { database: recorded, configured });
@@ -433,15 +469,17 @@ async fn limit_the_stop(shutdown: &Shutdown, abort: &Shutdown, readers: &Readers
     sleep(limits::STOP_LAST_WORDS).await;
 }
 
-/// Lets the threads finish what they are at and close the database, for a bounded time.
-async fn stop_threads(readers: Arc<Readers>, pipeline: Pipeline) {
+/// Lets the threads finish what they are at and close the database, for a bounded time; says whether they have.
+async fn stop_threads(readers: Arc<Readers>, pipeline: Pipeline) -> bool {
     let stopped = tokio::task::spawn_blocking(move || {
         readers.stop();
         readers.join();
         pipeline.stop();
     });
-    if timeout(limits::STOP_JOIN, stopped).await.is_err() {
+    let stopped = timeout(limits::STOP_JOIN, stopped).await.is_ok();
+    if !stopped {
         // Nothing is lost: the database is as after a crash, and the log has what it lacks.
         tracing::warn!("a thread is still at work; leaving all the same");
     }
+    stopped
 }

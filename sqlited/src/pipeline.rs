@@ -290,6 +290,7 @@ fn remedy(error: &ApplyError) -> Remedy {
         | ApplyError::CorruptPayload { .. } => Remedy::Wait,
         ApplyError::Environment { .. }
         | ApplyError::Open { .. }
+        | ApplyError::Damaged(_)
         | ApplyError::ForeignCluster { .. }
         | ApplyError::Adopt { .. }
         | ApplyError::Gap { .. } => Remedy::Exit,

@@ -295,7 +295,9 @@ async fn kill_nine_at_any_moment_of_a_snapshot_loses_nothing() {
     }
     cluster.wait_until_level().await;
     let writers = Writers::start(&cluster, 3);
-    for round in 0..20 {
+    // More by hand: ROUNDS=200.
+    let rounds = std::env::var("ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(20);
+    for round in 0..rounds {
         let leader = cluster.leader().await;
         let behind = (leader + 1 + round / 10) % 3;
         leave_behind(&mut cluster, behind, 1_280).await;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use rusqlite::ffi;
 
-use crate::classify;
+use crate::{classify, soundness::Damage};
 
 /// Why applying stopped. Never a request's result: this node cannot go on, the entry is not applied.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +19,9 @@ pub enum ApplyError {
         /// SQLite's words, or ours.
         reason: String,
     },
+    /// What the database's file holds is not what was written.
+    #[error(transparent)]
+    Damaged(#[from] Damage),
     /// The database belongs to another cluster.
     #[error(
         "the database belongs to the cluster {stored:016x} and not to {offered:016x}: give this node the data \

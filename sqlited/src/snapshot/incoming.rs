@@ -16,7 +16,10 @@ use super::{
     install::{INCOMING, sync_directory_of},
     part::{PartError, PartTaker},
 };
-use crate::apply::{self, Position};
+use crate::{
+    apply::{self, Position},
+    soundness,
+};
 
 /// What is said of a snapshot before it comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,10 +98,8 @@ fn check(path: &Path, announced: Announced) -> Result<Position, ReceiveError> {
     let flags =
         OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
     let connection = Connection::open_with_flags(immutable_uri(path), flags)?;
-    connection.execute_batch("PRAGMA cell_size_check = ON")?;
-    let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
-    if verdict != "ok" {
-        return Err(ReceiveError::Unusable(verdict));
+    if let Some(wrong) = soundness::verdict(&connection)? {
+        return Err(ReceiveError::Unusable(wrong));
     }
     let position = apply::stored_position(&connection)?.map_err(ReceiveError::Unusable)?;
     let Announced { cluster_id, index, term, timestamp_ms } = announced;

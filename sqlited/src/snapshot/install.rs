@@ -44,21 +44,35 @@ pub fn finish(database: &Path) -> io::Result<bool> {
     Ok(recorded)
 }
 
+/// What is to be done once it is recorded, in this order. Each step may be done again.
+const STEPS: [fn(&Path) -> io::Result<()>; 6] = [
+    remove_what_is_about_the_old,
+    sync_directory_of,
+    take_the_place,
+    sync_directory_of,
+    |database| remove_if_there(&beside(database, RECORD)),
+    sync_directory_of,
+];
+
 fn carry_out(database: &Path) -> io::Result<()> {
-    // First of all: a write-ahead log of the old database would be taken for the new one's, and undo it page by page.
-    // What was said of the old content goes with it.
+    STEPS.iter().try_for_each(|step| step(database))
+}
+
+/// First of all: a write-ahead log of the old database would be taken for the new one's, and undo it page by page.
+/// What was said of the old content goes with it.
+fn remove_what_is_about_the_old(database: &Path) -> io::Result<()> {
     for suffix in ["-wal", "-shm", "-journal", verify::FILE_SUFFIX] {
         remove_if_there(&beside(database, suffix))?;
     }
-    sync_directory_of(database)?;
+    Ok(())
+}
+
+fn take_the_place(database: &Path) -> io::Result<()> {
     match fs::rename(beside(database, INCOMING), database) {
         // A crash came after the rename.
-        Err(error) if error.kind() == io::ErrorKind::NotFound && database.try_exists()? => {}
-        renamed => renamed?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound && database.try_exists()? => Ok(()),
+        renamed => renamed,
     }
-    sync_directory_of(database)?;
-    fs::remove_file(beside(database, RECORD))?;
-    sync_directory_of(database)
 }
 
 fn remove_if_there(path: &Path) -> io::Result<()> {
@@ -87,4 +101,69 @@ fn directory_of(database: &Path) -> &Path {
 /// Makes what was created, renamed or removed beside the database durable.
 pub(crate) fn sync_directory_of(database: &Path) -> io::Result<()> {
     File::open(directory_of(database))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::Connection;
+
+    use super::*;
+
+    /// A database with this content, also in a write-ahead log if it is left open.
+    fn make(path: &Path, content: &str) -> Connection {
+        let connection = Connection::open(path).unwrap();
+        let sql = format!("PRAGMA journal_mode = WAL; CREATE TABLE t(a); INSERT INTO t VALUES('{content}')");
+        connection.execute_batch(&sql).unwrap();
+        connection
+    }
+
+    fn content(path: &Path) -> String {
+        Connection::open(path).unwrap().query_row("SELECT a FROM t", [], |row| row.get(0)).unwrap()
+    }
+
+    /// The state of a directory in which a process was killed: an old database with its write-ahead log, and a whole
+    /// snapshot beside it.
+    fn killed(directory: &Path) -> std::path::PathBuf {
+        let (living, killed) = (directory.join("living"), directory.join("killed"));
+        fs::create_dir(&living).unwrap();
+        fs::create_dir(&killed).unwrap();
+        let old = make(&living.join("resqlite.db"), "old");
+        drop(make(&living.join("resqlite.db.incoming"), "new"));
+        for file in fs::read_dir(&living).unwrap() {
+            let file = file.unwrap();
+            fs::copy(file.path(), killed.join(file.file_name())).unwrap();
+        }
+        assert!(killed.join("resqlite.db-wal").exists());
+        drop(old);
+        killed.join("resqlite.db")
+    }
+
+    fn names(database: &Path) -> Vec<String> {
+        let files = fs::read_dir(directory_of(database)).unwrap();
+        files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn killed_after_any_step_a_start_finishes_the_install() {
+        for done in 0..=STEPS.len() {
+            let directory = tempfile::tempdir().unwrap();
+            let database = killed(directory.path());
+            File::create(beside(&database, RECORD)).unwrap();
+            STEPS[..done].iter().for_each(|step| step(&database).unwrap());
+            // Once the record is gone there is nothing left to finish.
+            assert_eq!(finish(&database).unwrap(), done < 5, "after {done} steps");
+            assert_eq!(names(&database), ["resqlite.db"], "after {done} steps");
+            assert_eq!(content(&database), "new", "after {done} steps");
+        }
+    }
+
+    #[test]
+    fn killed_before_the_record_a_start_drops_the_snapshot() {
+        let directory = tempfile::tempdir().unwrap();
+        let database = killed(directory.path());
+        fs::write(beside(&database, ".outgoing-7"), "half a copy").unwrap();
+        assert!(!finish(&database).unwrap());
+        assert_eq!(content(&database), "old");
+        assert!(names(&database).iter().all(|name| !name.contains("incoming") && !name.contains("outgoing")));
+    }
 }
