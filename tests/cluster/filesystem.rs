@@ -5,9 +5,12 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::Command,
+    time::Instant,
 };
 
 use resqlite::disk::free_bytes;
+
+use crate::harness::DEADLINE;
 
 /// An ext4 image on a loop device, mounted until this goes.
 pub struct Filesystem {
@@ -45,12 +48,22 @@ impl Filesystem {
 
     /// Power is back: the filesystem as it is on the image, its journal replayed. Nobody may use it any more.
     pub fn power_on(&self) {
-        let unmounted = Command::new("umount").arg(&self.at).status().unwrap();
-        assert!(
-            unmounted.success() && mount(&self.image, &self.at),
-            "{} cannot be mounted",
-            self.at.display()
-        );
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let unmounted = Command::new("umount").arg(&self.at).status().unwrap();
+            assert!(
+                unmounted.success() && mount(&self.image, &self.at),
+                "{} cannot be mounted",
+                self.at.display()
+            );
+            // A mount namespace that somebody else has just made may still hold the dead one, which is then mounted
+            // again.
+            let probe = self.at.join("probe");
+            if File::create(&probe).and_then(|_| fs::remove_file(&probe)).is_ok() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{} stays dead", self.at.display());
+        }
     }
 
     /// Where it is mounted.
