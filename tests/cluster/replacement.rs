@@ -282,7 +282,14 @@ async fn a_lone_node_that_lost_its_log_says_what_to_do() {
     assert!(!good && text.contains("only member"), "{text}");
     kill(&mut cluster, 0);
     fs::remove_dir_all(directory(&cluster, 0).join("raft")).unwrap();
-    cluster.launch(0);
+    fs::remove_file(directory(&cluster, 0).join("raftd.log")).unwrap();
+    // A sqlited that attaches before the new log has begun lets it go on from where the database stands.
+    cluster.launch_daemon(0, Daemon::Raftd);
+    eventually("the new log has begun", || async {
+        raftd_log(&cluster, 0).contains("role=Leader").then_some(())
+    })
+    .await;
+    cluster.launch_daemon(0, Daemon::Sqlited);
     eventually("sqlited says what to do", || async {
         let log = fs::read_to_string(directory(&cluster, 0).join("sqlited.log")).unwrap();
         log.contains("the log was lost and begun anew").then_some(())
