@@ -89,6 +89,8 @@ pub struct Raftd {
     pub data_dir: PathBuf,
     /// The Unix socket on which it serves the sqlited beside it.
     pub socket: PathBuf,
+    /// Which users may use it, by name or id, beside root and raftd's own; without any, `resqlite-sql`.
+    pub socket_users: Vec<String>,
     /// How much memory sled may use to cache the log.
     pub cache_bytes: u64,
     /// How many entries the log keeps, after the database holds them durably, for followers that lag; one that
@@ -152,6 +154,7 @@ impl Default for Raftd {
             allow_plaintext_on_network: false,
             data_dir: "/var/lib/resqlite/raft".into(),
             socket: "/run/resqlite/raftd.sock".into(),
+            socket_users: Vec::new(),
             cache_bytes: 64 << 20,
             log_tail_entries: 100_000,
             log_tail_bytes: 64 << 20,

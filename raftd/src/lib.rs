@@ -13,6 +13,7 @@
 //! ```
 
 pub mod arguments;
+pub mod callers;
 pub mod compaction;
 pub mod convert;
 pub mod driver;
@@ -47,10 +48,10 @@ use tokio::{
     sync::{mpsc, watch},
     time::sleep,
 };
-use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 use crate::{
+    callers::{Admitted, UnknownUser},
     compaction::Compaction,
     convert::Envelope,
     driver::{Driver, DriverError, DriverHandle, DriverParts, Input, Progress, Shortages, Timing},
@@ -100,6 +101,9 @@ pub enum RunError {
     /// The certificates for the peers cannot be used.
     #[error("raftd.tls: {0}")]
     Tls(#[from] TlsError),
+    /// Somebody is to be let in who does not exist.
+    #[error("raftd.socket_users: {0}")]
+    Users(#[from] UnknownUser),
     /// A listener failed.
     #[error("a listener failed: {0}")]
     Serve(#[from] tonic::transport::Error),
@@ -113,7 +117,7 @@ impl RunError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Store(error) if error.is_configuration() => EXIT_CONFIG,
-            Self::Address { .. } | Self::Tls(_) => EXIT_CONFIG,
+            Self::Address { .. } | Self::Tls(_) | Self::Users(_) => EXIT_CONFIG,
             _ => 1,
         }
     }
@@ -189,6 +193,7 @@ pub async fn run(
         reader,
         store: store.handle(),
         snapshots: snapshots.clone(),
+        tls: tls.clone(),
         // The core gives a transfer up after one election timeout.
         transfer_patience: Duration::from_millis(2 * config.cluster.election_timeout_ms),
         shutdown: shutdown.clone(),
@@ -321,11 +326,12 @@ async fn serve(
         .initial_connection_window_size(16 << 20)
         .add_service(RaftServiceServer::new(peer_service).max_decoding_message_size(message_bytes))
         .serve_with_incoming(incoming);
+    let admitted = Admitted::new(&config.raftd.socket_users)?;
     let local = Server::builder()
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(16 << 20)
         .add_service(LogServiceServer::new(local).max_decoding_message_size(message_bytes))
-        .serve_with_incoming(UnixListenerStream::new(listeners.local));
+        .serve_with_incoming(callers::admitted(listeners.local, admitted));
     tokio::try_join!(peers, local)?;
     Ok(())
 }

@@ -23,6 +23,7 @@ use resqlite::{
     },
     daemon::Shutdown,
     disk::Room,
+    tls::{PeerTls, Reloading},
 };
 use tokio::{
     sync::{Semaphore, mpsc, oneshot, watch},
@@ -84,6 +85,8 @@ pub struct LocalLogParts {
     pub store: StoreHandle,
     /// Relays snapshots.
     pub snapshots: Snapshots,
+    /// The certificates for the peers.
+    pub tls: Option<Reloading<PeerTls>>,
     /// How long a transfer of leadership may take.
     pub transfer_patience: Duration,
     /// Ends the streams.
@@ -465,6 +468,7 @@ impl LocalLogParts {
             free_bytes: self.room.borrow().free_bytes,
             incarnation: status.incarnation,
             waits_for: status.waits_for.clone(),
+            warnings: self.tls.iter().filter_map(Reloading::expiry_warning).collect(),
         })
     }
 }

@@ -282,7 +282,7 @@ pub async fn run(
         facts: facts.clone(),
         node_id: config.node_id,
         syntax: SyntaxCheck::new().map_err(|error| RunError::Start(error.to_string()))?,
-        status: StatusSource::new(&config, database.clone(), link.clone(), facts.clone()),
+        status: StatusSource::new(&config, tls.clone(), database.clone(), link.clone(), facts.clone()),
         leadership: Leadership::new(&config, link.clone()),
         max_result_bytes: config.sqlited.max_result_bytes as usize,
     });

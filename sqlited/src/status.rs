@@ -15,6 +15,7 @@ use resqlite::{
     },
     config::Config,
     daemon,
+    tls::{Reloading, SqlTls},
 };
 use tokio::{
     sync::watch,
@@ -38,6 +39,7 @@ pub struct StatusSource {
     node_id: u64,
     cluster_name: String,
     members: Vec<Member>,
+    tls: Option<Reloading<SqlTls>>,
     database: PathBuf,
     link: RaftLink,
     facts: Facts,
@@ -45,11 +47,18 @@ pub struct StatusSource {
 
 impl StatusSource {
     /// Of the node that the configuration describes.
-    pub fn new(config: &Config, database: PathBuf, link: RaftLink, facts: Facts) -> Self {
+    pub fn new(
+        config: &Config,
+        tls: Option<Reloading<SqlTls>>,
+        database: PathBuf,
+        link: RaftLink,
+        facts: Facts,
+    ) -> Self {
         Self {
             node_id: config.node_id,
             cluster_name: config.cluster.name.clone(),
             members: members_of(config),
+            tls,
             database,
             link,
             facts,
@@ -84,6 +93,11 @@ impl StatusSource {
             alarm: self.facts.alarm().unwrap_or_default(),
             database_free_bytes: room.free_bytes,
             log_free_bytes: raftd.free_bytes,
+            warnings: raftd
+                .warnings
+                .into_iter()
+                .chain(self.tls.as_ref().and_then(Reloading::expiry_warning))
+                .collect(),
             writes_refused: room.shortage.unwrap_or_else(|| link.borrow().writes_refused.clone()),
         };
         StatusResponse { node: Some(node), members: self.members.clone() }

@@ -124,6 +124,8 @@ pub struct Node {
     sqlite_version: Option<String>,
     /// "ok", or what is wrong.
     health: String,
+    /// What wants doing before it becomes a problem.
+    warnings: Vec<String>,
 }
 
 impl Node {
@@ -153,6 +155,7 @@ impl Node {
             raftd_version: known(status.raftd_version),
             sqlite_version: known(status.sqlite_version),
             health: health.unwrap_or_else(|| "ok".into()),
+            warnings: status.warnings,
         }
     }
 
@@ -289,7 +292,13 @@ pub fn write_table(nodes: &[Node], out: &mut impl Write) -> io::Result<()> {
         ];
         printer.row(&Row(api::Row { values }), out)?;
     }
-    printer.end(out)
+    printer.end(out)?;
+    for node in nodes {
+        for warning in &node.warnings {
+            writeln!(out, "warning: node {}: {warning}", node.id.unwrap_or_default())?;
+        }
+    }
+    Ok(())
 }
 
 fn text(text: &str) -> api::Value {

@@ -6,7 +6,7 @@ use std::{
     fs::{self, File},
     net::TcpListener,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::Mutex,
     time::{Duration, Instant},
 };
@@ -14,6 +14,10 @@ use std::{
 use resqlite::api::{
     ExecuteRequest, ExecuteResponse, QueryRequest, ReadOptions, RequestId, Row, Statement, StatusRequest,
     StatusResponse, re_sqlite_client::ReSqliteClient, value::Kind,
+};
+use resqlite::{
+    config::Address,
+    tls::{ClientTls, Dial, Reloading, ServerName, clients::ClientTlsFiles},
 };
 use tempfile::TempDir;
 use tokio::{
@@ -47,6 +51,8 @@ impl Daemon {
 pub struct Cluster {
     directory: TempDir,
     nodes: Vec<Node>,
+    /// Set once the cluster is TLS: how our clients know it, and are known to it.
+    pub trusted: Option<ClientTlsFiles>,
 }
 
 struct Node {
@@ -133,15 +139,15 @@ impl Cluster {
                  sqlited:\n  listen: 127.0.0.1:{sql}\n  data_dir: {at}/sql\n  \
                  metrics_listen: 127.0.0.1:{sqlited_metrics}\n{}",
                 i + 1,
-                indented(raftd),
-                indented(sqlited)
+                indented(raftd, &node),
+                indented(sqlited, &node)
             );
             fs::write(node.join("resqlite.yaml"), config).unwrap();
             let sql_address = format!("127.0.0.1:{sql}");
             Node { directory: node, sql_address, metrics_ports, raftd: None, sqlited: None }
         };
         let nodes = (0..size).map(prepare_node).collect();
-        Self { directory, nodes }
+        Self { directory, nodes, trusted: None }
     }
 
     /// How many nodes there are; they are counted from 0 here, while ids count from 1.
@@ -220,6 +226,11 @@ impl Cluster {
         }
     }
 
+    /// Waits until a daemon has ended by itself.
+    pub fn wait(&mut self, node: usize, daemon: Daemon) -> ExitStatus {
+        self.slot(node, daemon).take().expect("the daemon was started").wait().unwrap()
+    }
+
     /// Stops a daemon as systemd does, and returns whether it ended cleanly.
     pub fn stop(&mut self, node: usize, daemon: Daemon) -> bool {
         let mut child = self.slot(node, daemon).take().expect("the daemon runs");
@@ -282,8 +293,16 @@ impl Cluster {
 
     /// A client that speaks to one node only, and never retries.
     pub fn client(&self, node: usize) -> ReSqliteClient<Channel> {
-        let endpoint = Channel::from_shared(format!("http://{}", self.nodes[node].sql_address)).unwrap();
-        ReSqliteClient::new(endpoint.connect_lazy()).max_decoding_message_size(64 << 20)
+        let address: Address = self.nodes[node].sql_address.parse().unwrap();
+        let dial = match &self.trusted {
+            None => Dial::plain(address),
+            Some(files) => {
+                let tls = Reloading::<ClientTls>::load(files.clone()).unwrap();
+                let name = ServerName::try_from(address.host().to_owned()).unwrap();
+                Dial::tls(address, name, move || tls.current().client.clone())
+            }
+        };
+        ReSqliteClient::new(dial.unwrap().connect_lazy()).max_decoding_message_size(64 << 20)
     }
 
     /// What a node says of itself, when it says anything.
@@ -371,7 +390,9 @@ pub fn peak_resident_bytes(pid: u32) -> Option<u64> {
     Some(kibibytes << 10)
 }
 
-fn indented(settings: &str) -> String {
+/// Settings as lines of a section, with the node's directory where they say $NODE.
+fn indented(settings: &str, node: &Path) -> String {
+    let settings = settings.replace("$NODE", &node.to_string_lossy());
     settings.lines().map(|line| format!("  {line}\n")).collect()
 }
 

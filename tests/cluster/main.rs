@@ -10,6 +10,7 @@ mod backup;
 mod bad_input;
 mod budget;
 mod consistency;
+mod documentation;
 mod durability;
 mod exactly_once;
 #[allow(dead_code, reason = "shared with the power cuts")]
@@ -30,6 +31,7 @@ mod replacement;
 mod restore;
 mod snapshots;
 mod survival;
+mod tls;
 mod transactions;
 mod verify;
 mod visibility;
