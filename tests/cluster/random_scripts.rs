@@ -1,4 +1,5 @@
-//! Random requests to three real nodes whose daemons come and go: the content is the same everywhere.
+//! Random requests to three real nodes whose daemons come and go, and of which one is left behind and restored by a
+//! snapshot: the content is the same everywhere.
 //!
 //! What runs is grown from a seed, and a failure names it. Which entries share a transaction, what is prepared anew and
 //! who dies when is left to chance: whatever it is, it must not show. `RESQLITE_SEEDS=from..to` runs other seeds.
@@ -9,7 +10,10 @@ use bytes::Bytes;
 use resqlite::api::{ExecuteRequest, RequestId};
 use tokio::task::JoinSet;
 
-use crate::harness::{Cluster, Daemon, execute, pursue, sqlite3, statement};
+use crate::{
+    harness::{Cluster, Daemon, eventually, execute, pursue, sqlite3, statement},
+    snapshots::{installs, log_status},
+};
 
 /// How many markers there are for each seed, and how many requests before each.
 const MARKERS: u64 = 3;
@@ -190,11 +194,48 @@ async fn batch(cluster: &mut Cluster, author: &mut Author, seed: u64, marker: u6
     (good, bad)
 }
 
+/// Sends a batch while one node is away for so long that the others' logs begin after what it has: it comes back by a
+/// snapshot.
+async fn batch_without(cluster: &mut Cluster, author: &mut Author, seed: u64, marker: u64) -> (usize, usize) {
+    let away = author.below(3) as usize;
+    let others: Vec<usize> = (0..3).filter(|node| *node != away).collect();
+    for daemon in [Daemon::Sqlited, Daemon::Raftd] {
+        cluster.kill(away, daemon);
+    }
+    let clients: Vec<_> = others.iter().map(|node| cluster.client(*node)).collect();
+    let has = log_status(cluster, others[0]).await.expect("the others run").last_index;
+    let mut sent = JoinSet::new();
+    for number in 0..REQUESTS {
+        let (request, clients) = (author.request(seed, 1 + marker * REQUESTS + number), clients.clone());
+        sent.spawn(async move { pursue(&clients, number as usize, &request).await });
+    }
+    let (mut good, mut bad) = (0, 0);
+    while let Some(ended) = sent.join_next().await {
+        *(if ended.unwrap().is_ok() { &mut good } else { &mut bad }) += 1;
+    }
+    for other in others {
+        eventually("the log begins after what the absent node has", || async {
+            execute(&mut cluster.client(other), "delete from journal where 0").await.ok()?;
+            (log_status(cluster, other).await?.first_index > has + 1).then_some(())
+        })
+        .await;
+    }
+    let before = installs(cluster, away);
+    cluster.launch(away);
+    cluster.wait_until_serving().await;
+    assert!(installs(cluster, away) > before, "seed {seed}: node {} came back by a snapshot", away + 1);
+    (good, bad)
+}
+
 async fn run(cluster: &mut Cluster, seeds: &Range<u64>, seed: u64) -> (usize, usize) {
     let mut author = Author(seed);
     let (mut good, mut bad) = (0, 0);
     for marker in 0..MARKERS {
-        let (succeeded, failed) = batch(cluster, &mut author, seed, marker).await;
+        // Before the last marker, so that there are batches before and after; for every other seed, as it takes long.
+        let (succeeded, failed) = match (marker, seed % 2) {
+            (1, 0) => batch_without(cluster, &mut author, seed, marker).await,
+            _ => batch(cluster, &mut author, seed, marker).await,
+        };
         (good, bad) = (good + succeeded, bad + failed);
         cluster.wait_until_serving().await;
         cluster.wait_until_level().await;
@@ -239,7 +280,9 @@ async fn random_requests_leave_the_same_content_everywhere_whoever_dies_meanwhil
     let asked = std::env::var("RESQLITE_SEEDS").unwrap_or_else(|_| "0..10".into());
     let (from, to) = asked.split_once("..").expect("RESQLITE_SEEDS=from..to");
     let seeds: Range<u64> = from.parse().unwrap()..to.parse().unwrap();
-    let mut cluster = Cluster::start(3).await;
+    let mut cluster = Cluster::prepare_with(3, "log_tail_entries: 20\nlog_tail_bytes: 1048576", "");
+    (0..3).for_each(|node| cluster.launch(node));
+    cluster.wait_until_serving().await;
     let (mut good, mut bad) = (0, 0);
     for seed in seeds.clone() {
         fresh_schema(&cluster).await;

@@ -67,7 +67,7 @@ async fn leave_behind(cluster: &mut Cluster, node: usize, writes: u64) {
 }
 
 /// What a node's raftd says of its log.
-async fn log_status(cluster: &Cluster, node: usize) -> Option<LogStatusResponse> {
+pub async fn log_status(cluster: &Cluster, node: usize) -> Option<LogStatusResponse> {
     let socket = format!("unix://{}/node{}/raftd.sock", cluster.path().display(), node + 1);
     let mut client = LogServiceClient::connect(socket).await.ok()?;
     Some(client.log_status(LogStatusRequest {}).await.ok()?.into_inner())
@@ -78,7 +78,7 @@ async fn applied_index(cluster: &Cluster, node: usize) -> u64 {
 }
 
 /// How often a node's database was replaced by a snapshot, by its own account.
-fn installs(cluster: &Cluster, node: usize) -> usize {
+pub fn installs(cluster: &Cluster, node: usize) -> usize {
     let log = cluster.path().join(format!("node{}/sqlited.log", node + 1));
     let log = fs::read_to_string(log).unwrap_or_default();
     let replaced = |line: &&str| {

@@ -137,7 +137,9 @@ impl FakeRaftd {
     pub fn append(&self, kind: LogEntryKind, payload: Bytes) -> u64 {
         let mut log = self.log();
         let index = log.entries.len() as u64 + 1;
-        let timestamp_ms = 1_700_000_000_000 + index;
+        // As the real one: never backward, whatever a test has put there.
+        let last_ms = log.entries.last().map_or(1_700_000_000_000, |entry| entry.timestamp_ms);
+        let timestamp_ms = last_ms + 1;
         log.entries.push(LogEntry { index, term: 1, kind: kind.into(), timestamp_ms, payload });
         drop(log);
         self.changed.send_replace(());
