@@ -23,6 +23,7 @@ mod restore;
 mod screen;
 mod shell;
 mod status;
+mod user;
 mod verify;
 
 use std::{
@@ -39,7 +40,7 @@ use self::{
     render::{Format, Mode},
     shell::Shell,
 };
-use crate::client::{Builder, Client, ClientTlsFiles, Error};
+use crate::client::{Builder, Client, ClientTlsFiles, Credentials, Error};
 
 /// What a program that a broken pipe ended reports, as if SIGPIPE had done it.
 const EXIT_BROKEN_PIPE: u8 = 128 + 13;
@@ -82,6 +83,13 @@ enum Command {
     /// Replace a node whose data is damaged or lost
     #[command(subcommand)]
     Node(node::Command),
+    /// Say who may do what
+    #[command(subcommand)]
+    User(user::Command),
+    /// Turn on or off that everybody must say who they are
+    Auth(user::AuthArguments),
+    /// Print a bearer token for the user of --user, to be kept in a file
+    Login(user::LoginArguments),
     /// Speak to a raftd that has no sqlited
     #[command(subcommand)]
     Raft(raft::Command),
@@ -110,6 +118,15 @@ struct TlsFiles {
     /// The private key of that certificate
     #[arg(long, env = "RESQLITE_KEY", value_name = "FILE", requires = "cert")]
     key: Option<PathBuf>,
+    /// Say that this is me; the password is asked for, or in --password-file
+    #[arg(long, env = "RESQLITE_USER", value_name = "NAME")]
+    user: Option<String>,
+    /// The first line of this file is my password
+    #[arg(long, env = "RESQLITE_PASSWORD_FILE", value_name = "FILE", requires = "user")]
+    password_file: Option<PathBuf>,
+    /// The first line of this file is my token, from `resqlite login`
+    #[arg(long, env = "RESQLITE_TOKEN_FILE", value_name = "FILE", conflicts_with = "user")]
+    token_file: Option<PathBuf>,
 }
 
 impl TlsFiles {
@@ -120,7 +137,26 @@ impl TlsFiles {
             (Some(files), Some(cert), Some(key)) => Some(files.identity(cert, key)),
             (files, ..) => files,
         };
-        Client::builder().tls(files)
+        Client::builder().tls(files).credentials(self.credentials())
+    }
+
+    fn credentials(&self) -> Option<Credentials> {
+        if let Some(file) = &self.token_file {
+            return Some(Credentials::TokenFile(file.clone()));
+        }
+        let user = self.user.clone()?;
+        Some(match &self.password_file {
+            Some(file) => Credentials::PasswordFile { user, file: file.clone() },
+            None => {
+                let asked = rpassword::prompt_password(format!("Password of {user}: "));
+                // Without a password the cluster says what is wrong; why there is none, only we can.
+                let password = asked.unwrap_or_else(|error| {
+                    eprintln!("cannot ask for the password: {error}: use --password-file");
+                    String::new()
+                });
+                Credentials::Password { user, password }
+            }
+        })
     }
 }
 
@@ -182,6 +218,9 @@ async fn run(command: Command) -> ExitCode {
         Command::Cert(command) => cert::run(command),
         Command::Cluster(command) => cluster::run(command),
         Command::Node(command) => node::run(command),
+        Command::User(command) => user::run(command).await,
+        Command::Auth(arguments) => user::run_auth(arguments).await,
+        Command::Login(arguments) => user::run_login(arguments).await,
         Command::Raft(command) => raft::run(command).await,
     }
 }

@@ -38,6 +38,7 @@ mod ids;
 mod restore;
 mod stream;
 mod transaction;
+mod users;
 mod value;
 mod verify;
 
@@ -57,11 +58,13 @@ pub use self::{
     restore::RestoreProgress,
     stream::{Event, Rows, Run},
     transaction::Transaction,
+    users::{Change, Credentials, Rights, Role, User},
     value::{FromValue, Params, Row, Value},
 };
 use self::{
     endpoints::{Attempts, Endpoints, Patience},
     ids::{Ids, Ticket},
+    users::Sign,
 };
 use crate::api::{
     self, ExecuteRequest, ExecuteResponse, QueryRequest, ReadOptions, RunRequest, StatusRequest,
@@ -175,10 +178,11 @@ pub struct Builder {
     patience: Patience,
     connect_for: Duration,
     tls: Option<ClientTlsFiles>,
+    credentials: Option<Credentials>,
 }
 
 impl Builder {
-    /// The addresses of nodes, `host:port` each. The first is asked first; the others when it fails.
+    /// The addresses of nodes, `host:port` each; or a socket of this host, `unix:` and its path. The first is asked first; the others when it fails.
     pub fn endpoints<T: Into<String>>(mut self, endpoints: impl IntoIterator<Item = T>) -> Self {
         self.endpoints = endpoints.into_iter().map(Into::into).collect();
         self
@@ -188,6 +192,12 @@ impl Builder {
     /// connection once they have changed.
     pub fn tls(mut self, files: impl Into<Option<ClientTlsFiles>>) -> Self {
         self.tls = files.into();
+        self
+    }
+
+    /// Say who this is, in every call; nobody in particular, which is the default, with `None`.
+    pub fn credentials(mut self, credentials: impl Into<Option<Credentials>>) -> Self {
+        self.credentials = credentials.into();
         self
     }
 
@@ -223,8 +233,9 @@ impl Builder {
         let connect_timeout = self.connect_for.min(Duration::from_secs(3));
         let tls = self.tls.map(Reloading::<ClientTls>::load).transpose();
         let tls = tls.map_err(|error| Error::Invalid(error.to_string()))?;
+        let sign = Sign::new(self.credentials.as_ref())?;
         let shared = Shared {
-            endpoints: Arc::new(Endpoints::new(&self.endpoints, tls.as_ref(), connect_timeout)?),
+            endpoints: Arc::new(Endpoints::new(&self.endpoints, tls.as_ref(), &sign, connect_timeout)?),
             tls,
             ids: Arc::new(Ids::new(client_id)),
             seen_index: AtomicU64::new(0),
@@ -271,6 +282,7 @@ impl Client {
             patience,
             connect_for: Duration::from_secs(5),
             tls: None,
+            credentials: None,
         }
     }
 

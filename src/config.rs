@@ -61,6 +61,9 @@ pub struct Cluster {
     pub election_timeout_ms: u64,
     /// How often a leader that has nothing to say says so.
     pub heartbeat_interval_ms: u64,
+    /// Nobody gets in who does not say who they are, from the first start on and at this node for certain.
+    /// `resqlite auth on` says the same to a cluster that runs, and then holds at every node, whatever this says.
+    pub require_auth: bool,
 }
 
 /// One member, as the others and the clients reach it.
@@ -142,6 +145,7 @@ impl Default for Cluster {
             members: Vec::new(),
             election_timeout_ms: 1_000,
             heartbeat_interval_ms: 100,
+            require_auth: false,
         }
     }
 }

@@ -35,6 +35,7 @@ fn entry(index: u64, sql: String, params: Vec<Value>, server_made_id: bool) -> L
         step_budget: 100_000_000,
         result_limit_bytes: 1 << 20,
         reads: None,
+        authority: None,
         body: Some(Body::Atomic(StatementList {
             statements: vec![Statement { sql, params, ..Statement::default() }],
         })),

@@ -29,6 +29,7 @@ use crate::{
     sessions::{Admission, ClientId, Sessions},
     soundness::{self, Damage},
     sqlite_ffi::VfsState,
+    users::{Actor, Directory, Users},
     verify::Verifications,
     version,
     versions::Versions,
@@ -58,11 +59,19 @@ pub struct ApplySettings {
     pub checkpoint_pages: u32,
     /// Who hashes the content at the markers that ask for it, and compares what the nodes report.
     pub verifications: Option<Verifications>,
+    /// Where the users are published once they are committed.
+    pub directory: Directory,
 }
 
 impl Default for ApplySettings {
     fn default() -> Self {
-        Self { group_entries: 1_000, group_bytes: 4 << 20, checkpoint_pages: 4_096, verifications: None }
+        Self {
+            group_entries: 1_000,
+            group_bytes: 4 << 20,
+            checkpoint_pages: 4_096,
+            verifications: None,
+            directory: Directory::default(),
+        }
     }
 }
 
@@ -101,6 +110,7 @@ pub struct Applier {
     writer: Writer,
     sessions: Sessions,
     versions: Versions,
+    users: Users,
     position: Position,
     settings: ApplySettings,
     execution_version: u64,
@@ -157,12 +167,15 @@ impl Applier {
         let sessions = Sessions::load(&writer.connection).map_err(sqlite)?;
         let versions = Versions::load(&writer.connection).map_err(sqlite)?;
         let staging = Staging::load(&writer.connection).map_err(sqlite)?;
+        let mut users = Users::load(&writer.connection).map_err(sqlite)?;
+        users.publish(&settings.directory);
         let wal = open_wal(path).map_err(|error| failed(format!("cannot open its -wal: {error}")))?;
         let applied_index = Arc::new(AtomicU64::new(position.applied_index));
         Ok(Self {
             writer,
             sessions,
             versions,
+            users,
             position,
             settings,
             execution_version: version::execution_version(),
@@ -406,6 +419,7 @@ impl Applier {
             let memory = Memory {
                 sessions: &mut self.sessions,
                 versions: &mut self.versions,
+                users: &mut self.users,
                 staging: &mut self.staging,
             };
             match run_request(&self.writer, memory, &mut savepoints, request, item.entry, remedies) {
@@ -425,6 +439,7 @@ impl Applier {
                     let memory = Memory {
                         sessions: &mut self.sessions,
                         versions: &mut self.versions,
+                        users: &mut self.users,
                         staging: &mut self.staging,
                     };
                     replies.push(run_vacuum(&self.writer, memory, request, item.entry).map_err(trouble)?);
@@ -439,6 +454,9 @@ impl Applier {
         let trouble = |error| Trouble { at: done - 1, error };
         self.sessions.save(&mut own.put_session, &mut own.delete_session).map_err(trouble)?;
         self.versions.save(&mut own.put_version, &mut own.delete_version).map_err(trouble)?;
+        if self.users.is_dirty() {
+            self.save_users(&mut own).map_err(trouble)?;
+        }
         own.save_position(self.position.cluster_id, last).map_err(trouble)?;
         own.commit.raw_execute().map_err(trouble)?;
         drop((own, savepoints));
@@ -447,10 +465,23 @@ impl Applier {
         Ok(Group::Committed { done, reply_bytes })
     }
 
+    /// What is deleted here must not stay readable in a free page, which every backup copies. Whatever else is
+    /// deleted is not worth the writing.
+    fn save_users(&self, own: &mut OwnStatements<'_>) -> rusqlite::Result<()> {
+        self.writer.connection.execute_batch("PRAGMA secure_delete = ON")?;
+        let (put, delete) = (&mut own.put_user, &mut own.delete_user);
+        let saved = self.users.save(put, delete, &mut own.require_authentication);
+        self.writer.connection.execute_batch("PRAGMA secure_delete = OFF")?;
+        saved
+    }
+
     /// Everything up to this entry is committed.
     fn note_committed(&mut self, last: &LogEntry) {
         self.sessions.committed();
         self.versions.committed();
+        self.users.committed();
+        // Before the index is: who waits for that sees the users as of it.
+        self.users.publish(&self.settings.directory);
         self.position.applied_index = last.index;
         self.position.applied_term = last.term;
         self.position.applied_timestamp_ms = last.timestamp_ms;
@@ -486,6 +517,7 @@ impl Applier {
             self.writer.reload_schema()?;
             self.sessions.reload(&self.writer.connection)?;
             self.versions.reload(&self.writer.connection)?;
+            self.users.reload(&self.writer.connection)?;
             self.staging = Staging::load(&self.writer.connection)?;
             Ok(())
         };
@@ -513,13 +545,14 @@ fn is_marker_body(request: &LoggedRequest) -> bool {
 struct Memory<'m> {
     sessions: &'m mut Sessions,
     versions: &'m mut Versions,
+    users: &'m mut Users,
     staging: &'m mut Staging,
 }
 
 /// Executes one request, unless its session says that this was done before.
 fn run_request<'c>(
     writer: &'c Writer,
-    Memory { sessions, versions, staging }: Memory<'_>,
+    Memory { sessions, versions, users, staging }: Memory<'_>,
     savepoints: &mut Savepoints<'c>,
     request: &LoggedRequest,
     entry: &LogEntry,
@@ -527,19 +560,30 @@ fn run_request<'c>(
 ) -> Result<(Applied, bool), Stop> {
     staging.expire(&writer.connection, entry.timestamp_ms).map_err(Stop::Environment)?;
     with_session(sessions, request, entry, || {
+        let actor = Actor::of(request.authority.as_ref());
+        let finished = |failure| Ok((execute::reply(entry.index, Vec::new(), failure), false));
+        if let Some(Body::Users(change)) = &request.body {
+            return finished(users.change(change, actor, entry.timestamp_ms).err());
+        }
+        // As of this entry: whatever was revoked before it is not there, wherever the request waited.
+        let rights = match users.rights(actor) {
+            Ok(rights) => rights,
+            Err(denied) => return finished(Some(denied)),
+        };
         if let Some(conflict) = request.reads.as_ref().and_then(|reads| versions.conflict(reads)) {
-            return Ok((execute::reply(entry.index, Vec::new(), Some(conflict)), false));
+            return finished(Some(conflict));
         }
         if let Some(Body::Verify(_) | Body::Report(_)) = request.body {
             return Ok((execute::reply(entry.index, Vec::new(), None), is_marker_body(request)));
         }
         if let Some(Body::Restore(step)) = &request.body {
+            if let Err(denied) = restore::check_rights(&rights) {
+                return finished(Some(denied));
+            }
             let failure = staging.apply(&writer.connection, step, entry.timestamp_ms);
-            let failure = failure.map_err(Stop::Environment)?;
-            return Ok((execute::reply(entry.index, Vec::new(), failure), false));
+            return finished(failure.map_err(Stop::Environment)?);
         }
-        let executed =
-            Execution::run(writer, savepoints, request, entry.index, entry.timestamp_ms, remedies)?;
+        let executed = Execution::run(writer, savepoints, request, &rights, entry, remedies)?;
         executed.wrote.iter().for_each(|facts| versions.wrote(facts, entry.index));
         Ok((executed.reply, executed.ends_group))
     })
@@ -547,11 +591,12 @@ fn run_request<'c>(
 
 fn run_vacuum(
     writer: &Writer,
-    Memory { sessions, versions, staging }: Memory<'_>,
+    Memory { sessions, versions, users, staging }: Memory<'_>,
     request: &LoggedRequest,
     entry: &LogEntry,
 ) -> rusqlite::Result<Applied> {
     sessions.reload(&writer.connection)?;
+    users.reload(&writer.connection)?;
     *staging = Staging::load(&writer.connection)?;
     let vacuum = || {
         let reply = execute::vacuum(writer, request, entry.index, entry.timestamp_ms)?;
@@ -578,7 +623,9 @@ fn with_session<E>(
         let failure = Failure::new(ReplyClass::Invalid, ffi::SQLITE_ERROR, 0, message);
         return Ok((applied(ClientId::default(), 0, refused(failure)), false));
     };
-    let admission = sessions.admit(client, id, index, entry.timestamp_ms);
+    // What the server names it names for everybody, and keeps no replies to.
+    let user = if request.server_made_id { "" } else { Actor::of(request.authority.as_ref()).name() };
+    let admission = sessions.admit(client, user, id, index, entry.timestamp_ms);
     let (reply, ends_group) = match admission {
         Admission::Execute => {
             let (reply, ends_group) = execute()?;

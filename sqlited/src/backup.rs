@@ -201,7 +201,7 @@ impl Copy {
 
 /// Removes the server's own tables, with their content overwritten. VACUUM would make the file smaller, but it gives
 /// new rowids to the rows of tables without an INTEGER PRIMARY KEY: the pages stay in the file, free and empty.
-fn remove_own_tables(copy: &Connection) -> rusqlite::Result<()> {
+pub fn remove_own_tables(copy: &Connection) -> rusqlite::Result<()> {
     // Not as a write-ahead log any more, so that the file is all there is, and any program may read it.
     copy.query_row("PRAGMA journal_mode = DELETE", [], |_| Ok(()))?;
     copy.execute_batch(

@@ -148,19 +148,25 @@ impl Reader {
         }
     }
 
-    /// Like [`Self::read`], and tells `noted` what the answer depends on before there is any. Never from the
-    /// cache: of a statement in there the authorizer says nothing.
+    /// Like [`Self::read`], and tells `noted` what the answer depends on before there is any; what that returns,
+    /// if anything, is the answer. Never from the cache: of a statement in there the authorizer says nothing.
+    ///
+    /// What was noted holds while the statement runs: the connection has read in its transaction already, so it
+    /// knows the schema of that snapshot, and SQLite has no reason to prepare the statement anew.
     pub fn read_noting<T>(
         &self,
         sql: &str,
-        noted: impl FnOnce(&StatementFacts),
+        noted: impl FnOnce(&StatementFacts) -> rusqlite::Result<Option<T>>,
         run: impl FnOnce(&mut Statement<'_>) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
         self.guard.begin(Phase::Prepare);
         let prepared = self.connection.prepare(sql);
         let facts = self.guard.end();
-        noted(&facts);
+        let answer = noted(&facts)?;
         let mut statement = prepared?;
+        if let Some(answer) = answer {
+            return Ok(answer);
+        }
         if facts.transaction.is_some() || facts.pragma_writes || !statement.readonly() {
             return Err(Error::InvalidQuery);
         }

@@ -60,6 +60,7 @@ pub fn reply_status(reply: &StoredReply, number: impl Fn(usize) -> usize) -> Opt
         ReplyClass::Aborted => Code::Aborted,
         ReplyClass::Limit => Code::ResourceExhausted,
         ReplyClass::Expired => Code::DeadlineExceeded,
+        ReplyClass::Denied => Code::PermissionDenied,
     };
     let mut error = reply.error.clone().unwrap_or_default();
     if error.statement > 0 {

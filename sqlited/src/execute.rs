@@ -8,8 +8,8 @@ mod statement;
 use std::{collections::BTreeMap, sync::Arc};
 
 use resqlite::api::{
-    LoggedRequest, ReplyClass, SqlError, Statement as SourceStatement, StatementResult, StoredReply,
-    logged_request::Body,
+    LogEntry, LoggedRequest, ReplyClass, SqlError, Statement as SourceStatement, StatementResult,
+    StoredReply, logged_request::Body,
 };
 use rusqlite::{Statement, ffi};
 
@@ -18,6 +18,7 @@ use crate::{
     connection::Writer,
     determinism::authorizer::{Phase, StatementFacts},
     sqlite_ffi,
+    users::Rights,
 };
 
 /// The most steps that a budget may allow: SQLite counts them in 32 bits, and the fuse needs room above.
@@ -121,6 +122,8 @@ pub(crate) struct Execution<'a, 'c> {
     pub savepoints: &'a mut Savepoints<'c>,
     pub request: &'a LoggedRequest,
     pub remedies: &'a Remedies,
+    /// What its author may do.
+    rights: &'a Rights,
     steps_left: u64,
     result_bytes_left: u64,
     /// Of all statements so far that have not been tidied up after.
@@ -144,17 +147,18 @@ impl<'a, 'c> Execution<'a, 'c> {
         writer: &'c Writer,
         savepoints: &'a mut Savepoints<'c>,
         request: &'a LoggedRequest,
-        index: u64,
-        timestamp_ms: u64,
+        rights: &'a Rights,
+        entry: &LogEntry,
         remedies: &'a Remedies,
     ) -> Result<Executed, Stop> {
         savepoints.reset_changes().map_err(Stop::Environment)?;
-        writer.begin_request(timestamp_ms, &request.seed);
+        writer.begin_request(entry.timestamp_ms, &request.seed);
         let mut execution = Self {
             writer,
             savepoints,
             request,
             remedies,
+            rights,
             steps_left: request.step_budget.min(MAX_STEP_BUDGET),
             result_bytes_left: request.result_limit_bytes,
             facts: Effects::default(),
@@ -165,8 +169,8 @@ impl<'a, 'c> Execution<'a, 'c> {
         let ended = match &request.body {
             Some(Body::Atomic(list)) => execution.atomic(&list.statements, &mut results),
             Some(Body::Script(list)) => execution.script(&list.statements, &mut results),
-            // A marker is no business of SQLite's; it does not come here.
-            Some(Body::Verify(_) | Body::Report(_) | Body::Restore(_)) => Ok(()),
+            // These are no business of SQLite's; they do not come here.
+            Some(Body::Verify(_) | Body::Report(_) | Body::Restore(_) | Body::Users(_)) => Ok(()),
             None => {
                 Err(Failure::new(ReplyClass::Invalid, ffi::SQLITE_ERROR, 0, "the request is empty").into())
             }
@@ -177,7 +181,7 @@ impl<'a, 'c> Execution<'a, 'c> {
             Err(Halt::Stopped(stop)) => return Err(stop),
         };
         let Self { wrote, ends_group, .. } = execution;
-        Ok(Executed { reply: reply(index, results, error), wrote, ends_group })
+        Ok(Executed { reply: reply(entry.index, results, error), wrote, ends_group })
     }
 
     /// All statements or none.
@@ -283,7 +287,7 @@ pub(crate) fn vacuum(
     writer.begin_request(timestamp_ms, &request.seed);
     let statements = match &request.body {
         Some(Body::Atomic(list) | Body::Script(list)) => &list.statements[..],
-        Some(Body::Verify(_) | Body::Report(_) | Body::Restore(_)) | None => &[],
+        Some(Body::Verify(_) | Body::Report(_) | Body::Restore(_) | Body::Users(_)) | None => &[],
     };
     let Some(source) = statements.first() else { return Ok(reply(index, Vec::new(), None)) };
     let ended = vacuum_statement(writer, source);

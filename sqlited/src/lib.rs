@@ -14,8 +14,10 @@
 //! core knows nothing of clients, of Raft and of time. They meet in
 //! [`pipeline`] (entries in, replies out) and [`reads`] (a connection).
 
+pub mod accounts;
 pub mod apply;
 pub mod arguments;
+pub mod auth;
 pub mod backup;
 pub mod calls;
 pub mod classify;
@@ -29,6 +31,7 @@ pub mod expansion;
 pub mod facts;
 pub mod leadership;
 pub mod limits;
+mod local;
 pub mod metrics;
 pub mod pipeline;
 pub mod raft_link;
@@ -47,6 +50,7 @@ pub mod sqlite_ffi;
 pub mod status;
 pub mod syntax;
 pub mod transactions;
+pub mod users;
 pub mod value;
 pub mod verify;
 pub mod version;
@@ -83,7 +87,9 @@ use tonic::{server::NamedService, transport::Server};
 use tonic_health::pb::health_server::{Health, HealthServer};
 
 use crate::{
+    accounts::Accounts,
     apply::{Applier, ApplyError, ApplySettings},
+    auth::{AuthLayer, Authenticator},
     backup::Backups,
     calls::CountCalls,
     consistency::ReadGate,
@@ -100,6 +106,7 @@ use crate::{
     status::StatusSource,
     syntax::SyntaxCheck,
     transactions::Transactions,
+    users::Directory,
     verify::{Mark, Upkeep, Verifications},
     waiters::Waiters,
     watched::Watched,
@@ -222,7 +229,8 @@ pub async fn run(
     let running = RunningMark::set(&database);
     let (running, stopped_cleanly) = running
         .map_err(|error| RunError::Start(format!("cannot note that the database is in use: {error}")))?;
-    let applier = open(&database, &config, verifications.clone())?;
+    let directory = Directory::new(config.cluster.require_auth);
+    let applier = open(&database, &config, verifications.clone(), directory.clone())?;
     let facts = Facts::new(applier.position().applied_index);
     facts.publish_diverged(diverged);
     let readers =
@@ -245,7 +253,8 @@ pub async fn run(
         abort.clone(),
         metrics.write.clone(),
     );
-    let writes = Arc::new(writes.map_err(|error| RunError::Start(format!("no entropy: {error}")))?);
+    let no_entropy = |error| RunError::Start(format!("no entropy: {error}"));
+    let writes = Arc::new(writes.map_err(no_entropy)?);
     let runner = Runner {
         writes: Arc::clone(&writes),
         readers: Arc::clone(&readers),
@@ -256,7 +265,12 @@ pub async fn run(
             abort.clone(),
             metrics.read_wait.clone(),
         ),
+        directory: directory.clone(),
     };
+    let authenticator =
+        Arc::new(Authenticator::new(directory.clone(), runner.gate.clone()).map_err(no_entropy)?);
+    let accounts =
+        Accounts { writes: Arc::clone(&runner.writes), directory, authenticator: Arc::clone(&authenticator) };
     let transactions = Arc::new(Transactions::new(
         config.node_id,
         Arc::clone(&readers),
@@ -276,6 +290,7 @@ pub async fn run(
     let service = Service::new(ServiceParts {
         runner,
         transactions: Arc::clone(&transactions),
+        accounts,
         verifications: verifications.clone(),
         uploads: Uploads::new(Arc::clone(&writes), database.clone()),
         backups: Backups::new(database.clone(), users.clone()),
@@ -321,6 +336,9 @@ pub async fn run(
     };
     let (reporter, health) = tonic_health::server::health_reporter();
     let watermark = Watermark::new(&config.sqlited.data_dir, config.min_free_bytes);
+    let local = local::Local::bind(&config.sqlited.data_dir, Arc::clone(&authenticator));
+
+    let layers = (CountCalls::new(metrics.clone()), AuthLayer::new(authenticator));
 
     tracing::info!(
         node = config.node_id,
@@ -329,7 +347,8 @@ pub async fn run(
         "sqlited is up"
     );
     let result = tokio::select! {
-        served = serve(&config, incoming, service, health, CountCalls::new(metrics.clone()), shutdown.clone()) => served,
+        served = serve(&config, incoming, service.clone(), health, layers, shutdown.clone()) => served,
+        served = local.serve(&config, service, shutdown.clone()) => served,
         () = limit_the_stop(&shutdown, &abort, &readers) => Ok(()),
         error = keeper.run(config.cluster_id(), pipeline.handle(), pipeline.progress(), exchange, facts.clone()) => Err(error.into()),
         never = disk::keep_watch(watermark, ballast, facts.room_publisher()) => match never {},
@@ -388,8 +407,14 @@ fn give_back_if_full(ballast: &Ballast, dir: &Path) -> Result<(), RunError> {
     Ok(())
 }
 
-fn open(database: &Path, config: &Config, verifications: Verifications) -> Result<Applier, RunError> {
-    let settings = ApplySettings { verifications: Some(verifications), ..ApplySettings::default() };
+fn open(
+    database: &Path,
+    config: &Config,
+    verifications: Verifications,
+    directory: Directory,
+) -> Result<Applier, RunError> {
+    let settings =
+        ApplySettings { verifications: Some(verifications), directory, ..ApplySettings::default() };
     let applier = Applier::open(database, settings).map_err(|error| match error {
         ApplyError::Damaged(damage) => RunError::Damaged(damage),
         error => RunError::Open(error),
@@ -418,7 +443,7 @@ async fn serve(
     incoming: Incoming,
     service: Service,
     health: HealthServer<impl Health>,
-    calls: CountCalls,
+    (calls, auth): (CountCalls, AuthLayer),
     shutdown: Shutdown,
 ) -> Result<(), RunError> {
     let reflection = || {
@@ -436,6 +461,7 @@ async fn serve(
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .max_concurrent_streams(Some(MAX_STREAMS_PER_CONNECTION))
         .layer(calls)
+        .layer(auth)
         .add_service(health)
         .add_service(reflection().build_v1().map_err(unreflected)?)
         .add_service(reflection().build_v1alpha().map_err(unreflected)?)

@@ -514,6 +514,7 @@ mod tests {
             step_budget: 1_000_000,
             result_limit_bytes: 1_000_000,
             reads: None,
+            authority: None,
             body: Some(Body::Atomic(StatementList { statements: vec![statement] })),
         };
         LogEntry {

@@ -36,8 +36,10 @@ use tonic::Status;
 pub use self::held::{Held, Turn};
 use self::reader::Reader;
 use crate::{
+    auth::Caller,
     limits::{self, ROW_BATCHES_WAITING},
     script::Kind,
+    users::{Directory, Rights},
 };
 
 /// Rows of one statement, in order.
@@ -154,8 +156,28 @@ enum Job {
     },
 }
 
+/// On whose behalf something is read.
+#[derive(Clone, Debug)]
+pub struct Author {
+    name: String,
+    rights: Arc<Rights>,
+}
+
+impl Author {
+    /// The caller, with the rights that are committed now.
+    pub fn of(caller: &Caller, directory: &Directory) -> Result<Self, Status> {
+        Ok(Self { name: caller.who.to_string(), rights: caller.rights(directory)? })
+    }
+
+    /// May read everything.
+    pub fn anybody() -> Self {
+        Self { name: String::new(), rights: Rights::everything() }
+    }
+}
+
 #[derive(Debug)]
 struct ReadJob {
+    author: Author,
     /// All of the request's, from which these are read, in order.
     statements: Arc<[Statement]>,
     range: Range<usize>,
@@ -202,20 +224,22 @@ impl Readers {
     /// Reads with one statement.
     pub fn read(
         &self,
+        author: Author,
         statement: Statement,
         deadline: Option<tokio::time::Instant>,
     ) -> Result<Batches, Status> {
-        self.push_read(Arc::new([statement]), 0..1, deadline, None, None)
+        self.push_read(author, Arc::new([statement]), 0..1, deadline, None)
     }
 
     /// Reads with these of a request's statements, one after the other: none sees less than the one before it.
     pub fn read_all(
         &self,
+        author: Author,
         statements: &Arc<[Statement]>,
         range: Range<usize>,
         deadline: Option<tokio::time::Instant>,
     ) -> Result<Batches, Status> {
-        self.push_read(Arc::clone(statements), range, deadline, None, None)
+        self.push_read(author, Arc::clone(statements), range, deadline, None)
     }
 
     /// How many jobs wait for a reader.
@@ -233,27 +257,29 @@ impl Readers {
     /// Reads an open snapshot with one statement.
     pub fn read_held(
         &self,
+        author: Author,
         held: Arc<Held>,
         turn: Turn,
         statement: Statement,
         deadline: Option<tokio::time::Instant>,
     ) -> Result<Batches, Status> {
-        self.push_read(Arc::new([statement]), 0..1, deadline, Some(held), Some(turn))
+        self.push_read(author, Arc::new([statement]), 0..1, deadline, Some((held, turn)))
     }
 
     fn push_read(
         &self,
+        author: Author,
         statements: Arc<[Statement]>,
         range: Range<usize>,
         deadline: Option<tokio::time::Instant>,
-        held: Option<Arc<Held>>,
-        turn: Option<Turn>,
+        held: Option<(Arc<Held>, Turn)>,
     ) -> Result<Batches, Status> {
+        let (held, turn) = held.unzip();
         let (sender, receiver) = mpsc::channel(ROW_BATCHES_WAITING);
         let deadline = deadline.map(tokio::time::Instant::into_std);
         let end = End::default();
         let batches = Batches { receiver, end: Arc::clone(&end), statements_left: range.len() };
-        let job = ReadJob { statements, range, deadline, held, turn, batches: sender, end };
+        let job = ReadJob { author, statements, range, deadline, held, turn, batches: sender, end };
         self.queue.push(Job::Read(job))?;
         Ok(batches)
     }

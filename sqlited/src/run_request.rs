@@ -17,12 +17,14 @@ use tokio_stream::StreamExt;
 use tonic::Status;
 
 use crate::{
+    auth::Caller,
     consistency::ReadGate,
     deadline::Deadline,
     errors::{invalid_sql, own_sql_error, reply_status},
     limits::{MAX_STATEMENTS, ROW_BATCH_BYTES},
-    reads::{ReadBatch, Readers},
+    reads::{Author, ReadBatch, Readers},
     script::{Kind, Step, next_step},
+    users::Directory,
     write_path::{WriteId, WritePath},
 };
 
@@ -38,6 +40,8 @@ pub type Events = mpsc::Sender<Result<RunResponse, Status>>;
 pub struct ScriptRequest {
     /// The statements, in order; parameters only if it is a single one.
     pub statements: Arc<[Statement]>,
+    /// Who runs it.
+    pub caller: Caller,
     /// What its reads ask for.
     pub read: ReadOptions,
     /// The client's name for it.
@@ -57,6 +61,8 @@ pub struct Runner {
     pub readers: Arc<Readers>,
     /// Holds its reads back until they may begin.
     pub gate: ReadGate,
+    /// Says what their user may read.
+    pub directory: Directory,
 }
 
 impl Runner {
@@ -180,7 +186,10 @@ impl<'a> Script<'a> {
         self.runner.gate.see_index(self.seen_index, deadline).await?;
         let Range { start, end } = range.clone();
         let statements = &self.request.statements;
-        let mut batches = self.runner.readers.read_all(statements, range, self.request.deadline.named())?;
+        // Anew each time, and after what has to be seen: a right that was revoked meanwhile is gone.
+        let author = Author::of(&self.request.caller, &self.runner.directory)?;
+        let deadline = self.request.deadline.named();
+        let mut batches = self.runner.readers.read_all(author, statements, range, deadline)?;
         let (mut number, mut log_index) = (start + 1, 0);
         while let Some(batch) = batches.next().await {
             let ReadBatch { columns, rows, log_index: seen, last } = batch?;
@@ -277,7 +286,11 @@ impl<'a> Script<'a> {
             None => WriteId::ServerMade,
         };
         let deadline: Instant = self.request.deadline.of_step();
-        let reply = self.runner.writes.write(id, self.foreign_keys, None, body, deadline).await?;
+        let reply = self
+            .runner
+            .writes
+            .write(&self.request.caller, id, self.foreign_keys, None, body, deadline)
+            .await?;
         self.seen_index = self.seen_index.max(reply.log_index);
         // A write that was made just now is as good as a barrier. One under a client's id may be a repeated one:
         // its reply is then as old as the first.

@@ -4,8 +4,9 @@
 use std::{pin::Pin, sync::Arc};
 
 use resqlite::api::{
-    BackupFormat, BackupRequest, BackupResponse, BeginRequest, BeginResponse, ContentHashRequest,
-    ContentHashResponse, ExecuteRequest, ExecuteResponse, MoveLeaderRequest, MoveLeaderResponse,
+    BackupFormat, BackupRequest, BackupResponse, BeginRequest, BeginResponse, ChangeUsersRequest,
+    ChangeUsersResponse, ContentHashRequest, ContentHashResponse, ExecuteRequest, ExecuteResponse,
+    ListUsersRequest, ListUsersResponse, LoginRequest, LoginResponse, MoveLeaderRequest, MoveLeaderResponse,
     QueryRequest, QueryResponse, ReadOptions, RestoreRequest, RestoreResponse, RollbackRequest,
     RollbackResponse, RunEvent, RunRequest, RunResponse, Statement, StatementList, StatementResult,
     StatusRequest, StatusResponse, VerifyMarker, VerifyRequest, VerifyResponse, logged_request::Body,
@@ -16,13 +17,15 @@ use tokio_stream::{Stream, StreamExt, once, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
+    accounts::Accounts,
+    auth::Caller,
     backup::Backups,
     deadline::Deadline,
     errors::{invalid_sql, own_sql_error, reply_status},
     facts::Facts,
     leadership::Leadership,
     limits::{MAX_PARAMETERS, MAX_STATEMENTS},
-    reads::ReadBatch,
+    reads::{Author, ReadBatch},
     restore::Uploads,
     run_request::{Runner, ScriptRequest, nul_byte, split},
     script::Kind,
@@ -51,6 +54,8 @@ pub struct ServiceParts {
     pub runner: Runner,
     /// Optimistic transactions.
     pub transactions: Arc<Transactions>,
+    /// Users.
+    pub accounts: Accounts,
     /// The content's hashes.
     pub verifications: Verifications,
     /// Copies of the whole content.
@@ -88,15 +93,16 @@ impl ReSqlite for Service {
 
     async fn execute(&self, request: Request<ExecuteRequest>) -> Result<Response<ExecuteResponse>, Status> {
         let deadline = Deadline::of_request(request.metadata());
+        let caller = Caller::of(request.extensions());
         let request = request.into_inner();
         let response = match (request.statements.is_empty(), request.script.is_empty()) {
-            (false, true) => self.parts.execute_atomic(request, deadline).await?,
+            (false, true) => self.parts.execute_atomic(caller, request, deadline).await?,
             (true, false) if !request.transaction.is_empty() => {
                 return Err(Status::invalid_argument(
                     "a transaction commits statements, not a script: all of them are applied, or none",
                 ));
             }
-            (true, false) => self.parts.execute_script(request, deadline).await?,
+            (true, false) => self.parts.execute_script(caller, request, deadline).await?,
             (true, true) => return Err(invalid_sql(own_sql_error("the request holds no statement", 0), 0)),
             (false, false) => {
                 return Err(Status::invalid_argument(
@@ -109,17 +115,19 @@ impl ReSqlite for Service {
 
     async fn query(&self, request: Request<QueryRequest>) -> Result<Response<Self::QueryStream>, Status> {
         let deadline = Deadline::of_request(request.metadata());
+        let caller = Caller::of(request.extensions());
         let QueryRequest { sql, params, named_params, read, transaction } = request.into_inner();
         let statement = Statement { sql, params, named_params, ..Statement::default() };
         check_statement(&statement, 1)?;
-        let Runner { readers, gate, .. } = &self.parts.runner;
+        let Runner { readers, gate, directory, .. } = &self.parts.runner;
         let mut batches = if transaction.is_empty() {
             gate.pass(&read.unwrap_or_default(), deadline.of_step()).await?;
-            readers.read(statement, deadline.named())?
+            readers.read(Author::of(&caller, directory)?, statement, deadline.named())?
         } else {
             gate.check_trust()?;
-            let (held, turn) = self.parts.transactions.read(&transaction, deadline.of_step()).await?;
-            readers.read_held(held, turn, statement, deadline.named())?
+            let (held, turn) =
+                self.parts.transactions.read(&caller, &transaction, deadline.of_step()).await?;
+            readers.read_held(Author::of(&caller, directory)?, held, turn, statement, deadline.named())?
         };
         // An error before the first row is the call's own status, which every client sees at once.
         let first =
@@ -130,6 +138,7 @@ impl ReSqlite for Service {
 
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<Self::RunStream>, Status> {
         let deadline = Deadline::of_request(request.metadata());
+        let caller = Caller::of(request.extensions());
         let RunRequest { sql, params, named_params, read, id, foreign_keys } = request.into_inner();
         let mut statements = split(&sql)?;
         if !(params.is_empty() && named_params.is_empty()) {
@@ -141,6 +150,7 @@ impl ReSqlite for Service {
         }
         let request = ScriptRequest {
             statements: statements.into(),
+            caller,
             read: read.unwrap_or_default(),
             id,
             foreign_keys: foreign_keys.unwrap_or(true),
@@ -155,9 +165,10 @@ impl ReSqlite for Service {
 
     async fn begin(&self, request: Request<BeginRequest>) -> Result<Response<BeginResponse>, Status> {
         let deadline = Deadline::of_request(request.metadata());
+        let caller = Caller::of(request.extensions());
         let read = request.into_inner().read.unwrap_or_default();
         self.parts.runner.gate.pass(&read, deadline.of_step()).await?;
-        let begun = self.parts.transactions.begin().await?;
+        let begun = self.parts.transactions.begin(&caller).await?;
         Ok(Response::new(BeginResponse {
             transaction: begun.token,
             log_index: begun.log_index,
@@ -169,14 +180,16 @@ impl ReSqlite for Service {
         &self,
         request: Request<RollbackRequest>,
     ) -> Result<Response<RollbackResponse>, Status> {
-        self.parts.transactions.rollback(&request.into_inner().transaction)?;
+        let caller = Caller::of(request.extensions());
+        self.parts.transactions.rollback(&caller, &request.into_inner().transaction)?;
         Ok(Response::new(RollbackResponse {}))
     }
 
     async fn verify(&self, request: Request<VerifyRequest>) -> Result<Response<VerifyResponse>, Status> {
         let deadline = Deadline::of_request(request.metadata()).of_step();
+        let caller = Caller::of(request.extensions());
         let (id, body) = (WriteId::ServerMade, Body::Verify(VerifyMarker {}));
-        let reply = self.parts.runner.writes.write(id, true, None, body, deadline).await?;
+        let reply = self.parts.runner.writes.write(&caller, id, true, None, body, deadline).await?;
         if let Some(status) = reply_status(&reply, |number| number) {
             return Err(status);
         }
@@ -235,17 +248,45 @@ impl ReSqlite for Service {
         &self,
         request: Request<Streaming<RestoreRequest>>,
     ) -> Result<Response<RestoreResponse>, Status> {
-        Ok(Response::new(self.parts.uploads.take(request.into_inner()).await?))
+        let caller = Caller::of(request.extensions());
+        Ok(Response::new(self.parts.uploads.take(caller, request.into_inner()).await?))
     }
 
     async fn status(&self, _request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         Ok(Response::new(self.parts.status.status().await))
+    }
+
+    async fn login(&self, request: Request<LoginRequest>) -> Result<Response<LoginResponse>, Status> {
+        let deadline = Deadline::of_request(request.metadata()).of_step();
+        let caller = Caller::of(request.extensions());
+        let lifetime_ms = request.into_inner().lifetime_ms;
+        Ok(Response::new(self.parts.accounts.login(&caller, lifetime_ms, deadline).await?))
+    }
+
+    async fn change_users(
+        &self,
+        request: Request<ChangeUsersRequest>,
+    ) -> Result<Response<ChangeUsersResponse>, Status> {
+        let deadline = Deadline::of_request(request.metadata()).of_step();
+        let caller = Caller::of(request.extensions());
+        let log_index = self.parts.accounts.change(&caller, request.into_inner(), deadline).await?;
+        Ok(Response::new(ChangeUsersResponse { log_index }))
+    }
+
+    async fn list_users(
+        &self,
+        request: Request<ListUsersRequest>,
+    ) -> Result<Response<ListUsersResponse>, Status> {
+        let deadline = Deadline::of_request(request.metadata()).of_step();
+        self.parts.runner.gate.pass(&ReadOptions::default(), deadline).await?;
+        Ok(Response::new(self.parts.accounts.list()))
     }
 }
 
 impl ServiceParts {
     async fn execute_atomic(
         &self,
+        caller: Caller,
         request: ExecuteRequest,
         deadline: Deadline,
     ) -> Result<ExecuteResponse, Status> {
@@ -262,12 +303,12 @@ impl ServiceParts {
         let statements = self.parsable(statements).await?;
         let reads = match transaction.as_str() {
             "" => None,
-            token => Some(self.transactions.commit(token, id.as_ref(), deadline.of_step()).await?),
+            token => Some(self.transactions.commit(&caller, token, id.as_ref(), deadline.of_step()).await?),
         };
         let id = id.map_or(WriteId::ServerMade, |id| WriteId::ClientMade { id, part: 0 });
         let body = Body::Atomic(StatementList { statements });
         let (foreign_keys, deadline) = (foreign_keys.unwrap_or(true), deadline.of_step());
-        let reply = self.runner.writes.write(id, foreign_keys, reads, body, deadline).await?;
+        let reply = self.runner.writes.write(&caller, id, foreign_keys, reads, body, deadline).await?;
         if let Some(status) = reply_status(&reply, |number| number) {
             return Err(status);
         }
@@ -296,6 +337,7 @@ impl ServiceParts {
 
     async fn execute_script(
         &self,
+        caller: Caller,
         request: ExecuteRequest,
         deadline: Deadline,
     ) -> Result<ExecuteResponse, Status> {
@@ -303,6 +345,7 @@ impl ServiceParts {
         let count = statements.len();
         let request = ScriptRequest {
             statements: statements.into(),
+            caller,
             read: Default::default(),
             id: request.id,
             foreign_keys: request.foreign_keys.unwrap_or(true),

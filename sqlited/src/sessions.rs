@@ -54,6 +54,8 @@ struct Session {
     begun_index: u64,
     last_index: u64,
     last_timestamp_ms: u64,
+    /// The user whose it is; empty while nobody said who they are.
+    owner: String,
 }
 
 /// A [`Session`] as it is stored.
@@ -75,6 +77,8 @@ struct StoredSession {
     replies: Vec<Bytes>,
     #[prost(uint64, tag = "7")]
     begun_index: u64,
+    #[prost(string, tag = "8")]
+    owner: String,
 }
 
 impl Session {
@@ -143,16 +147,34 @@ impl Sessions {
         Ok(sessions)
     }
 
-    /// Decides about the request of the entry at `index`, and notes what it acknowledges.
-    pub fn admit(&mut self, client: ClientId, id: &RequestId, index: u64, timestamp_ms: u64) -> Admission {
+    /// Decides about the request of the entry at `index`, and notes what it acknowledges. `user` is empty for
+    /// who has no name.
+    ///
+    /// A session belongs to the first user who uses it: what it remembers is told to nobody else. One that was
+    /// used without a name goes over with its requests, so that one that is repeated with a name is known.
+    pub fn admit(
+        &mut self,
+        client: ClientId,
+        user: &str,
+        id: &RequestId,
+        index: u64,
+        timestamp_ms: u64,
+    ) -> Admission {
         self.expire(index, timestamp_ms);
+        if let Some(session) = self.sessions.get(&client)
+            && !session.owner.is_empty()
+            && session.owner != user
+        {
+            let message = "this client_id is another user's: choose 16 random bytes for each client";
+            return refused(ReplyClass::Denied, message);
+        }
         if !self.sessions.contains_key(&client) {
             if id.made_at_index.saturating_add(WINDOW_ENTRIES) <= index {
                 return expired("the request is older than the window of remembered requests");
             }
             self.make_room();
         }
-        self.use_session(client, id, index, timestamp_ms);
+        self.use_session(client, user, id, index, timestamp_ms);
         let session = &self.sessions[&client];
         if id.sequence < session.floor {
             return expired("the client has acknowledged the reply to this request");
@@ -270,7 +292,7 @@ impl Sessions {
     }
 
     /// Notes the use of a session, new or known, and drops what the request acknowledges.
-    fn use_session(&mut self, client: ClientId, id: &RequestId, index: u64, timestamp_ms: u64) {
+    fn use_session(&mut self, client: ClientId, user: &str, id: &RequestId, index: u64, timestamp_ms: u64) {
         let session = match self.sessions.entry(client) {
             Entry::Occupied(known) => {
                 let session = known.into_mut();
@@ -281,6 +303,9 @@ impl Sessions {
         };
         session.last_index = index;
         session.last_timestamp_ms = timestamp_ms;
+        if session.owner != user {
+            user.clone_into(&mut session.owner);
+        }
         // A request cannot acknowledge itself.
         let floor = id.acknowledged_below.min(id.sequence);
         if floor > session.floor {
@@ -316,6 +341,7 @@ fn encode(session: &Session) -> Vec<u8> {
         last_index: session.last_index,
         last_timestamp_ms: session.last_timestamp_ms,
         begun_index: session.begun_index,
+        owner: session.owner.clone(),
         ..StoredSession::default()
     };
     for (&sequence, reply) in &session.applied {
@@ -348,6 +374,7 @@ fn decode(state: &[u8]) -> rusqlite::Result<Session> {
         begun_index: stored.begun_index,
         last_index: stored.last_index,
         last_timestamp_ms: stored.last_timestamp_ms,
+        owner: stored.owner,
     })
 }
 

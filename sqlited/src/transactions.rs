@@ -16,9 +16,12 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, MissedTickBehavior, interval, timeout_at},
 };
-use tonic::Status;
+use tonic::{Code, Status};
 
-use crate::reads::{Held, Readers, Turn};
+use crate::{
+    auth::{Caller, Who},
+    reads::{Held, Readers, Turn},
+};
 
 /// How often what has expired is looked for, so that its snapshot is given up even if nobody asks for it.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -37,6 +40,7 @@ pub struct Transactions {
 #[derive(Debug)]
 struct Open {
     held: Arc<Held>,
+    owner: Who,
     _room: OwnedSemaphorePermit,
 }
 
@@ -86,8 +90,8 @@ impl Transactions {
         self.lock().len()
     }
 
-    /// Takes a snapshot of what is applied now.
-    pub async fn begin(&self) -> Result<Begun, Status> {
+    /// Takes a snapshot of what is applied now, for this caller alone.
+    pub async fn begin(&self, caller: &Caller) -> Result<Begun, Status> {
         let room = Arc::clone(&self.room).try_acquire_owned().map_err(|_| {
             Status::resource_exhausted(format!(
                 "{} transactions are open at this node already: end some, or begin at another node",
@@ -98,14 +102,19 @@ impl Transactions {
         let id = getrandom::u64().map_err(|error| Status::internal(format!("no entropy: {error}")))?;
         let token = Token { node_id: self.node_id, id };
         let log_index = held.log_index();
-        self.lock().insert(id, Open { held, _room: room });
+        self.lock().insert(id, Open { held, owner: caller.who.clone(), _room: room });
         Ok(Begun { token: token.text(), log_index, expires_in: self.hold })
     }
 
     /// The transaction's snapshot, and the right to read it.
-    pub async fn read(&self, token: &str, deadline: Instant) -> Result<(Arc<Held>, Turn), Status> {
+    pub async fn read(
+        &self,
+        caller: &Caller,
+        token: &str,
+        deadline: Instant,
+    ) -> Result<(Arc<Held>, Turn), Status> {
         let token = Token::parse(token)?;
-        let held = self.find(token)?;
+        let held = self.find(caller, token)?;
         let turn = turn(&held, deadline).await?;
         Ok((held, turn))
     }
@@ -116,14 +125,15 @@ impl Transactions {
     /// be one that was proposed before. If not, the log answers with the reason that is given here.
     pub async fn commit(
         &self,
+        caller: &Caller,
         token: &str,
         id: Option<&RequestId>,
         deadline: Instant,
     ) -> Result<ReadSet, Status> {
         let token = Token::parse(token)?;
-        let held = match self.find(token) {
+        let held = match self.find(caller, token) {
             Ok(held) => held,
-            Err(status) if id.is_some() => {
+            Err(status) if id.is_some() && status.code() != Code::PermissionDenied => {
                 return Ok(ReadSet { lost: status.message().to_owned(), ..ReadSet::default() });
             }
             Err(status) => return Err(status),
@@ -134,12 +144,12 @@ impl Transactions {
     }
 
     /// Ends the transaction; one that is not open any more has ended already.
-    pub fn rollback(&self, token: &str) -> Result<(), Status> {
+    pub fn rollback(&self, caller: &Caller, token: &str) -> Result<(), Status> {
         let token = Token::parse(token)?;
-        if token.node_id != self.node_id {
-            return Err(elsewhere(token.node_id));
+        match self.find(caller, token) {
+            Err(status) if status.code() != Code::Aborted => return Err(status),
+            Ok(_) | Err(_) => drop(self.lock().remove(&token.id)),
         }
-        self.lock().remove(&token.id);
         Ok(())
     }
 
@@ -153,12 +163,18 @@ impl Transactions {
         }
     }
 
-    fn find(&self, token: Token) -> Result<Arc<Held>, Status> {
+    fn find(&self, caller: &Caller, token: Token) -> Result<Arc<Held>, Status> {
         if token.node_id != self.node_id {
             return Err(elsewhere(token.node_id));
         }
         let open = self.lock();
-        let held = open.get(&token.id).map(|open| &open.held);
+        let open = open.get(&token.id);
+        if open.is_some_and(|open| open.owner != caller.who) {
+            return Err(Status::permission_denied(
+                "the transaction is another user's: begin one of your own",
+            ));
+        }
+        let held = open.map(|open| &open.held);
         let held = held.filter(|held| held.until() > Instant::now().into_std());
         held.cloned().ok_or_else(|| {
             Status::aborted("the transaction is not open any more: its snapshot has expired, or it has ended; begin again")
@@ -195,7 +211,7 @@ mod tests {
         assert_eq!(Token::parse(&token.text()).unwrap(), token);
         for wrong in ["", "3", "x-1", "3-", "3-xyz", "-1", "3-1ffffffffffffffff"] {
             let status = Token::parse(wrong).unwrap_err();
-            assert_eq!(status.code(), tonic::Code::InvalidArgument, "{wrong:?}");
+            assert_eq!(status.code(), Code::InvalidArgument, "{wrong:?}");
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     metrics::Metrics,
     pipeline::{Backlog, Progress},
     raft_link::RaftLink,
-    reads::Readers,
+    reads::{Author, Readers},
     status::file_bytes,
     transactions::Transactions,
     waiters::Waiters,
@@ -87,7 +87,8 @@ impl Watched {
     async fn database(&self) -> Check {
         let statement = Statement { sql: "SELECT 1".to_owned(), ..Statement::default() };
         let answered = async {
-            let mut batches = self.readers.read(statement, Some(Instant::now() + READ_PATIENCE))?;
+            let mut batches =
+                self.readers.read(Author::anybody(), statement, Some(Instant::now() + READ_PATIENCE))?;
             batches.next().await.transpose()
         };
         let failure = match timeout(READ_PATIENCE, answered).await {

@@ -27,6 +27,7 @@ use tokio::{
 use tonic::Status;
 
 use crate::{
+    auth::Caller,
     facts::Facts,
     limits,
     raft_link::{LinkState, Outcome, RaftLink},
@@ -100,10 +101,11 @@ impl WritePath {
         Ok(Self { link, waiters, facts, settings, own_ids, bytes_waiting, shutdown, latency })
     }
 
-    /// Writes, and returns the reply of the execution on this node, which may be an SQL error. `reads`:
-    /// only if all of that still holds.
+    /// Writes on behalf of `caller`, and returns the reply of the execution on this node, which may be an SQL
+    /// error. `reads`: only if all of that still holds.
     pub async fn write(
         &self,
+        caller: &Caller,
         id: WriteId,
         foreign_keys: bool,
         reads: Option<ReadSet>,
@@ -133,6 +135,7 @@ impl WritePath {
             step_budget: self.settings.step_budget,
             result_limit_bytes: self.settings.result_limit_bytes,
             reads,
+            authority: caller.authority(),
             body: Some(body),
         };
         let payload = self.encoded(&request)?;

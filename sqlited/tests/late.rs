@@ -14,6 +14,7 @@ use resqlite::api::{
 };
 use sqlited::{
     apply::{Applier, ApplySettings},
+    auth::Caller,
     limits,
     reads::{Patience, Readers},
     sessions::{WINDOW_ENTRIES, WINDOW_MS},
@@ -114,9 +115,10 @@ fn transactions(directory: &tempfile::TempDir, hold: Duration, most: usize) -> (
 async fn a_transaction_ends_by_itself_when_its_time_is_over() {
     let directory = tempfile::tempdir().unwrap();
     let (_writer, transactions) = transactions(&directory, Duration::from_millis(200), 8);
-    let begun = transactions.begin().await.unwrap();
+    let caller = Caller::server();
+    let begun = transactions.begin(&caller).await.unwrap();
     assert_eq!(begun.expires_in, Duration::from_millis(200));
-    transactions.read(&begun.token, Instant::now() + PATIENCE).await.unwrap();
+    transactions.read(&caller, &begun.token, Instant::now() + PATIENCE).await.unwrap();
     assert_eq!(transactions.open(), 1);
     let given_up = async {
         while transactions.open() > 0 {
@@ -127,13 +129,15 @@ async fn a_transaction_ends_by_itself_when_its_time_is_over() {
         never = transactions.expire() => match never {},
         given_up = timeout(PATIENCE, given_up) => given_up.expect("its snapshot is given up though nobody asks"),
     }
-    let late = transactions.read(&begun.token, Instant::now() + PATIENCE).await.unwrap_err();
+    let late = transactions.read(&caller, &begun.token, Instant::now() + PATIENCE).await.unwrap_err();
     assert_eq!(late.code(), Code::Aborted, "{late}");
     assert!(late.message().contains("expired") && late.message().contains("begin again"), "{late}");
-    let unnamed = transactions.commit(&begun.token, None, Instant::now() + PATIENCE).await.unwrap_err();
+    let unnamed =
+        transactions.commit(&caller, &begun.token, None, Instant::now() + PATIENCE).await.unwrap_err();
     assert_eq!(unnamed.code(), Code::Aborted, "{unnamed}");
     let named = id(1, 1).unwrap();
-    let named = transactions.commit(&begun.token, Some(&named), Instant::now() + PATIENCE).await.unwrap();
+    let named =
+        transactions.commit(&caller, &begun.token, Some(&named), Instant::now() + PATIENCE).await.unwrap();
     assert!(named.lost.contains("expired"), "the log decides whether it was applied before: {named:?}");
 }
 

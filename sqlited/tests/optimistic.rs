@@ -35,6 +35,7 @@ fn reads(machine: &Machine, sql: &str) -> (Vec<String>, bool) {
     let mut seen = (BTreeSet::new(), false);
     let noted = |facts: &sqlited::determinism::authorizer::StatementFacts| {
         seen = (facts.read_tables.clone(), facts.reads_everything);
+        Ok(None)
     };
     reader.read_noting(sql, noted, |statement| statement.query([])?.next().map(drop)).unwrap();
     (seen.0.into_iter().collect(), seen.1)

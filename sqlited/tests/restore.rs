@@ -9,11 +9,12 @@ use std::{fs, path::Path};
 use bytes::Bytes;
 use machine::{Machine, content};
 use resqlite::api::{
-    LoggedRequest, ReadSet, ReplyClass, RequestId, RestoreAbandon, RestoreChunk, RestoreFinish, RestoreStart,
-    RestoreStep, StoredReply, logged_request::Body, restore_step::Step,
+    Authority, LoggedRequest, LoggedUser, Operator, ReadSet, ReplyClass, RequestId, RestoreAbandon,
+    RestoreChunk, RestoreFinish, RestoreStart, RestoreStep, Rights, Role, StoredReply, UserChange,
+    authority::Who, logged_request::Body, restore_step::Step, user_change::Change,
 };
 use rusqlite::{Connection, ffi};
-use sqlited::{apply::ApplySettings, restore::IDLE_MS, verify::content_hashes};
+use sqlited::{apply::ApplySettings, restore::IDLE_MS, users::Directory, verify::content_hashes};
 
 const UPLOAD: &[u8] = b"upload of sixtee";
 const OTHER: &[u8] = b"another one's id";
@@ -369,4 +370,71 @@ fn a_vacuum_beside_an_abandoned_upload_makes_no_difference() {
     machine.ok(&["VACUUM"]);
     machine.ok(&["CREATE TABLE t(a)"]);
     assert_eq!(staged(&machine), 0);
+}
+
+/// Applies a body on behalf of somebody.
+fn apply_as(machine: &mut Machine, who: Option<Who>, body: Body) -> StoredReply {
+    let authority = who.map(|who| Authority { who: Some(who) });
+    let request = LoggedRequest { authority, body: Some(body), ..machine.request_atomic(&[]) };
+    machine.apply(request)
+}
+
+fn change_users(machine: &mut Machine, change: Change) {
+    let body = Body::Users(UserChange { change: Some(change) });
+    assert_eq!(apply_as(machine, Some(Who::Operator(Operator {})), body).error, None);
+}
+
+#[test]
+fn a_restore_keeps_the_users_and_takes_an_administrator() {
+    let file = everything();
+    let settings =
+        |directory: &Directory| ApplySettings { directory: directory.clone(), ..ApplySettings::default() };
+    let directory = Directory::new(false);
+    let mut machine = Machine::with(settings(&directory));
+    machine.ok(&["CREATE TABLE mine(a)"]);
+    for (name, role) in [("root", Role::Admin), ("bob", Role::Write)] {
+        let rights = Some(Rights { roles: vec![role.into()], ..Rights::default() });
+        change_users(
+            &mut machine,
+            Change::Add(LoggedUser { name: name.into(), password_hash: "hash".into(), rights }),
+        );
+    }
+    change_users(&mut machine, Change::RequireAuthentication(true));
+    let (root, bob) = (Some(Who::User("root".into())), Some(Who::User("bob".into())));
+    let strangers = [bob.clone(), None, Some(Who::User("gone".into()))];
+
+    let mut bodies = steps(&file, true);
+    let last = bodies.pop().unwrap();
+    for who in strangers.clone() {
+        assert_eq!(apply_as(&mut machine, who, bodies[0].clone()).class(), ReplyClass::Denied);
+    }
+    assert_eq!(staged(&machine), 0);
+    for body in bodies {
+        assert_eq!(apply_as(&mut machine, root.clone(), body).error, None);
+    }
+    // Nor do others end what an administrator has staged, one way or the other.
+    let (content, rows) = (machine.content(), staged(&machine));
+    for who in strangers {
+        let abandon = step(UPLOAD, Step::Abandon(RestoreAbandon {}));
+        for body in [abandon, last.clone()] {
+            assert_eq!(apply_as(&mut machine, who.clone(), body).class(), ReplyClass::Denied);
+        }
+    }
+    assert_eq!((machine.content(), staged(&machine)), (content, rows));
+    assert_eq!(apply_as(&mut machine, root.clone(), last).error, None);
+    assert_eq!(machine.content(), content_of(&file));
+
+    let again = Directory::new(false);
+    let check = |machine: &mut Machine, directory: &Directory, table: &str| {
+        let names: Vec<String> = directory.current().users().map(|user| user.name.clone()).collect();
+        assert_eq!(names, ["bob", "root"]);
+        assert!(directory.is_required());
+        let create = format!("CREATE TABLE {table}(a)");
+        let body = machine.request_atomic(&[&create]).body.unwrap();
+        assert_eq!(apply_as(machine, None, body.clone()).class(), ReplyClass::Denied);
+        assert_eq!(apply_as(machine, bob.clone(), body).error, None);
+    };
+    check(&mut machine, &directory, "before");
+    let mut machine = machine.reopen_with(settings(&again));
+    check(&mut machine, &again, "after");
 }

@@ -12,9 +12,16 @@ use std::{
 };
 
 use tokio::time::{Instant, sleep, timeout_at};
-use tonic::{Status, transport::Channel};
+use tonic::{
+    Status,
+    service::interceptor::InterceptedService,
+    transport::{Channel, Endpoint},
+};
 
-use super::error::{Error, Verdict, describe, verdict};
+use super::{
+    error::{Error, Verdict, describe, verdict},
+    users::Sign,
+};
 use crate::{
     api::re_sqlite_client::ReSqliteClient,
     tls::{ClientTls, Dial, Reloading, ServerName},
@@ -28,7 +35,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 
 /// A connection that is made when it is first used, and again whenever it broke.
-pub(super) type Connection = ReSqliteClient<Channel>;
+pub(super) type Connection = ReSqliteClient<InterceptedService<Channel, Sign>>;
 
 /// Where servers are, and which of them is used at present.
 #[derive(Debug)]
@@ -51,12 +58,14 @@ impl Endpoints {
     pub fn new(
         addresses: &[String],
         tls: Option<&Reloading<ClientTls>>,
+        sign: &Sign,
         connect_timeout: Duration,
     ) -> Result<Self, Error> {
         if addresses.is_empty() {
             return Err(Error::Invalid("no endpoint was given".into()));
         }
-        let all = addresses.iter().map(|address| connection(address, tls.cloned(), connect_timeout));
+        let all =
+            addresses.iter().map(|address| connection(address, tls.cloned(), sign.clone(), connect_timeout));
         Ok(Self { all: all.collect::<Result<_, _>>()?, current: AtomicUsize::new(0) })
     }
 
@@ -74,8 +83,32 @@ impl Endpoints {
 fn connection(
     address: &str,
     tls: Option<Reloading<ClientTls>>,
+    sign: Sign,
     connect_timeout: Duration,
 ) -> Result<(String, Connection), Error> {
+    let channel = match address.starts_with("unix:") {
+        true => local_channel(address, connect_timeout)?,
+        false => channel(address, tls, connect_timeout)?,
+    };
+    let client = ReSqliteClient::with_interceptor(channel, sign)
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    Ok((address.to_owned(), client))
+}
+
+/// A socket of this host, which needs no TLS: `unix:` and its path.
+fn local_channel(address: &str, connect_timeout: Duration) -> Result<Channel, Error> {
+    let endpoint = Endpoint::from_shared(address.to_owned());
+    let endpoint =
+        endpoint.map_err(|error| Error::Invalid(format!("\"{address}\" is not an endpoint: {error}")))?;
+    Ok(endpoint.connect_timeout(connect_timeout).connect_lazy())
+}
+
+fn channel(
+    address: &str,
+    tls: Option<Reloading<ClientTls>>,
+    connect_timeout: Duration,
+) -> Result<Channel, Error> {
     let wrong = |reason: String| Error::Invalid(format!("\"{address}\" is not an endpoint: {reason}"));
     let parsed: crate::config::Address = address.parse().map_err(wrong)?;
     let dial = match tls {
@@ -98,10 +131,7 @@ fn connection(
                 .http2_adaptive_window(true)
         })
         .connect_lazy();
-    let client = ReSqliteClient::new(channel)
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    Ok((address.to_owned(), client))
+    Ok(channel)
 }
 
 /// The attempts of one call.

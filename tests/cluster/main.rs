@@ -33,5 +33,6 @@ mod snapshots;
 mod survival;
 mod tls;
 mod transactions;
+mod users;
 mod verify;
 mod visibility;

@@ -1,7 +1,8 @@
 //! The entry that makes a staged file the database.
 //!
 //! It runs alone in its group, and its transaction is the copying of the file's pages: the file was given the
-//! server's own tables before, with this entry as the applied index.
+//! server's own tables before, with this entry as the applied index. So the users are what they were: a restore
+//! neither brings nor takes any.
 
 use resqlite::api::{
     LogEntry, LoggedRequest, RestoreFinish, RestoreStep, logged_request::Body, restore_step::Step,
@@ -9,8 +10,10 @@ use resqlite::api::{
 
 use super::{Applied, Applier, ApplyError, environment, tables::OwnStatements, with_session};
 use crate::{
+    classify::Failure,
     execute,
     restore::{Candidate, Trial},
+    users::{Actor, Rights, denied},
 };
 
 /// The last step of a restore, if the request is one.
@@ -22,6 +25,11 @@ pub(super) fn finish_of(request: &LoggedRequest) -> Option<(&RestoreStep, &Resto
         },
         _ => None,
     }
+}
+
+/// Whether one with these rights may take a step of a restore: it replaces what everybody has.
+pub(super) fn check_rights(rights: &Rights) -> Result<(), Failure> {
+    if rights.is_admin() { Ok(()) } else { Err(denied("only an administrator may restore")) }
 }
 
 impl Applier {
@@ -45,10 +53,16 @@ impl Applier {
         request: &LoggedRequest,
         (step, finish): (&RestoreStep, &RestoreFinish),
     ) -> rusqlite::Result<Applied> {
-        let Self { writer, staging, path, sessions, .. } = self;
+        let Self { writer, staging, path, sessions, users, .. } = self;
+        // As of this entry, as any other request's: the file may have been sent before a revocation.
+        let rights = users.rights(Actor::of(request.authority.as_ref()));
+        let permitted = rights.and_then(|rights| check_rights(&rights));
+        let is_permitted = permitted.is_ok();
         let mut candidate = None;
         let (applied, _) = with_session(sessions, request, entry, || {
-            let trial = Candidate::make(&writer.connection, staging, path, &step.upload_id, finish);
+            let trial = permitted
+                .map_err(Trial::Refused)
+                .and_then(|()| Candidate::make(&writer.connection, staging, path, &step.upload_id, finish));
             let refusal = match trial {
                 Ok(made) => {
                     candidate = Some(made);
@@ -61,7 +75,10 @@ impl Applier {
         })?;
         match candidate {
             Some(candidate) => self.become_candidate(candidate, entry)?,
-            None => self.record_without_restoring(entry, step)?,
+            None => {
+                // What somebody else has staged is not theirs to remove, either.
+                self.record_without_restoring(entry, is_permitted.then_some(step))?;
+            }
         }
         Ok(applied)
     }
@@ -77,10 +94,14 @@ impl Applier {
     }
 
     /// It was refused, or it is a repetition: an entry like any other.
-    fn record_without_restoring(&mut self, entry: &LogEntry, step: &RestoreStep) -> rusqlite::Result<()> {
+    fn record_without_restoring(
+        &mut self,
+        entry: &LogEntry,
+        ended: Option<&RestoreStep>,
+    ) -> rusqlite::Result<()> {
         let transaction = self.writer.connection.unchecked_transaction()?;
         // Whoever asks again has to send the file again.
-        if self.staging.is_under_way(&step.upload_id) {
+        if ended.is_some_and(|step| self.staging.is_under_way(&step.upload_id)) {
             self.staging.clear(&transaction)?;
         }
         self.save_entry(&transaction, entry)?;

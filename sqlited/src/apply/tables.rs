@@ -6,7 +6,7 @@
 use resqlite::api::LogEntry;
 use rusqlite::{Connection, Statement};
 
-use crate::{restore::Staging, sessions::Sessions, versions::Versions};
+use crate::{restore::Staging, sessions::Sessions, users::Users, versions::Versions};
 
 /// The format of the server's own tables.
 const SCHEMA_FORMAT: i64 = 1;
@@ -48,11 +48,12 @@ pub(super) fn open_tables(connection: &Connection) -> rusqlite::Result<Result<Po
         return Ok(Err(format!("its encoding is {encoding}: only UTF-8 is supported")));
     }
     connection.execute_batch(&format!(
-        "BEGIN IMMEDIATE; {META_SCHEMA}; {}; {}; {};
+        "BEGIN IMMEDIATE; {META_SCHEMA}; {}; {}; {}; {};
          INSERT OR IGNORE INTO _resqlite_meta VALUES (0, {SCHEMA_FORMAT}, 0, 0, 0, 0); COMMIT",
         Sessions::SCHEMA,
         Versions::SCHEMA,
-        Staging::SCHEMA
+        Users::SCHEMA,
+        Staging::SCHEMA,
     ))?;
     stored_position(connection)
 }
@@ -90,6 +91,9 @@ pub(super) struct OwnStatements<'c> {
     pub(super) delete_session: Statement<'c>,
     pub(super) put_version: Statement<'c>,
     pub(super) delete_version: Statement<'c>,
+    pub(super) put_user: Statement<'c>,
+    pub(super) delete_user: Statement<'c>,
+    pub(super) require_authentication: Statement<'c>,
     put_position: Statement<'c>,
 }
 
@@ -107,6 +111,9 @@ impl<'c> OwnStatements<'c> {
             delete_session: prepare("DELETE FROM _resqlite_sessions WHERE client_id = ?1")?,
             put_version: prepare(Versions::PUT)?,
             delete_version: prepare(Versions::DELETE)?,
+            put_user: prepare(Users::PUT)?,
+            delete_user: prepare(Users::DELETE)?,
+            require_authentication: prepare(Users::REQUIRE)?,
             put_position: prepare(
                 "UPDATE _resqlite_meta SET cluster_id = ?1, applied_index = ?2, applied_term = ?3,
                  applied_timestamp_ms = ?4",

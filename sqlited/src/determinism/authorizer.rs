@@ -32,7 +32,7 @@ pub(crate) fn is_known_module(name: &str) -> bool {
 }
 
 /// Table-valued functions and tables that show this node's file or memory.
-const NODE_LOCAL_TABLES: [&str; 6] =
+pub const NODE_LOCAL_TABLES: [&str; 6] =
     ["dbstat", "sqlite_dbpage", "sqlite_stmt", "sqlite_memstat", "bytecode", "tables_used"];
 
 /// Functions whose answers may differ from node to node: the compiler's name; and BM25, which takes
@@ -97,10 +97,14 @@ pub struct StatementFacts {
     pub writes_virtual_table: bool,
     /// The tables that it may change, its triggers' and foreign keys' included; in lower case.
     pub written_tables: BTreeSet<String>,
+    /// The virtual tables that it may change; in lower case.
+    pub changed_virtual_tables: BTreeSet<String>,
     /// The virtual tables that it changes or reads; in lower case.
     pub virtual_tables: BTreeSet<String>,
-    /// The tables that it reads, on a reader; in lower case.
+    /// The tables that it reads; in lower case.
     pub read_tables: BTreeSet<String>,
+    /// It is this PRAGMA.
+    pub pragma: Option<String>,
     /// It reads more than the names of tables tell, such as through a virtual table or a PRAGMA; on a reader.
     pub reads_everything: bool,
     /// Tables that it creates or alters: what they are called and refer to has to be checked afterwards.
@@ -132,6 +136,8 @@ impl StatementFacts {
         self.virtual_tables.extend(later.virtual_tables);
         self.read_tables.extend(later.read_tables);
         self.reads_everything |= later.reads_everything;
+        self.changed_virtual_tables.extend(later.changed_virtual_tables);
+        self.pragma = self.pragma.take().or(later.pragma);
     }
 }
 
@@ -253,6 +259,10 @@ impl State {
 
     fn read(&mut self, table: &str, column: &str) -> Authorization {
         let lower = table.to_ascii_lowercase();
+        if lower == "sqlite_dbpage" {
+            return self
+                .refuse("sqlite_dbpage shows the file's pages, the server's own tables among them".into());
+        }
         self.note_read(&lower);
         let local = match lower.as_str() {
             // Page numbers depend on when transactions were committed, not only on what was.
@@ -281,9 +291,6 @@ impl State {
         };
         if self.virtual_tables.contains(table) && !self.facts.virtual_tables.contains(table) {
             self.facts.virtual_tables.insert(table.to_owned());
-        }
-        if self.role == Role::Writer {
-            return;
         }
         let own = table.starts_with("sqlite_") && !matches!(table, "sqlite_schema" | "sqlite_master");
         let local = table.starts_with("pragma_") || NODE_LOCAL_TABLES.contains(&table);
@@ -317,6 +324,7 @@ impl State {
                 self.facts.changes_statistics |= name.starts_with("sqlite_stat");
                 if self.virtual_tables.contains(name) {
                     self.facts.writes_virtual_table = true;
+                    self.facts.changed_virtual_tables.insert(lower.clone());
                     self.facts.virtual_tables.insert(lower);
                 } else {
                     self.facts.written_tables.insert(lower);
@@ -338,6 +346,10 @@ impl State {
 
     fn pragma(&mut self, name: &str, value: Option<&str>) -> Authorization {
         self.facts.reads_everything = true;
+        // That one full-text indexes and R-Trees ask for when they are opened.
+        if self.phase == Phase::Prepare && name != "page_size" {
+            self.facts.pragma.get_or_insert_with(|| name.to_ascii_lowercase());
+        }
         // FTS5 asks for it while it runs.
         if self.phase == Phase::Step && value.is_none() && name == "data_version" {
             return Authorization::Allow;

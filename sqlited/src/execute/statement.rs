@@ -22,6 +22,7 @@ use crate::{
         authorizer::{Phase, RESERVED_PREFIX, StatementFacts},
         random::Sequence,
     },
+    users::{Actor, Where},
     value,
 };
 
@@ -67,6 +68,7 @@ impl<'c> Execution<'_, 'c> {
             return Err(Halt::Failed(failure.clone()));
         }
         let (mut statement, facts) = self.prepare(&source.sql, number)?;
+        self.check_rights(&facts, number)?;
         self.check_kind(&source.sql, &statement, &facts, number, in_script)?;
         value::bind(&mut statement, source).map_err(|error| match error {
             value::BindError::Mismatch(message) => {
@@ -137,6 +139,21 @@ impl<'c> Execution<'_, 'c> {
         Ok((Prepared::Cached(statement), known))
     }
 
+    /// Whether the author of the request may do what the statement does. Asked each time: what is known of a
+    /// statement holds for everybody, what somebody may do with it does not.
+    fn check_rights(&self, facts: &StatementFacts, number: u32) -> Result<(), Halt> {
+        match self.rights.excess(facts, &self.writer.connection, Where::Log) {
+            Ok(None) => Ok(()),
+            Ok(Some(excess)) => Err(self.denied(&excess, number).into()),
+            Err(error) => Err(Halt::Stopped(Stop::Environment(error))),
+        }
+    }
+
+    fn denied(&self, excess: &str, number: u32) -> Failure {
+        let message = format!("user {} {excess}", Actor::of(self.request.authority.as_ref()).name());
+        Failure::new(ReplyClass::Denied, ffi::SQLITE_AUTH, number, message)
+    }
+
     /// Whether a statement of this kind may be part of the request.
     fn check_kind(
         &self,
@@ -166,6 +183,10 @@ impl<'c> Execution<'_, 'c> {
         let (connection, guard) = (&self.writer.connection, &self.writer.guard);
         let is_vacuum = determinism::is_vacuum(connection, guard, statement, facts, sql);
         if is_vacuum.map_err(|error| self.judge(&error, number, true))? {
+            // SQLite's authorizer is not asked about it, so the facts say nothing.
+            if !self.rights.writes_everything() {
+                return Err(self.denied("may not VACUUM: that takes the role write", number).into());
+            }
             return match (number, in_script, &self.request.body) {
                 (1, true, _) => Err(Halt::Stopped(Stop::Vacuum)),
                 (_, true, _) => Err(Halt::EndOfScript),
@@ -304,8 +325,8 @@ impl<'c> Execution<'_, 'c> {
         let check = || -> rusqlite::Result<bool> {
             let mut names = connection.prepare(
                 "SELECT count(*) FROM sqlite_schema WHERE lower(substr(name, 1, 10)) = ?1
-                 AND name NOT IN ('_resqlite_meta', '_resqlite_sessions', '_resqlite_versions',
-                                  '_resqlite_restore', '_resqlite_restore_chunks')",
+                 AND name NOT IN ('_resqlite_meta', '_resqlite_sessions', '_resqlite_versions', '_resqlite_users',
+                                  '_resqlite_authentication', '_resqlite_restore', '_resqlite_restore_chunks')",
             )?;
             let mut found: i64 = names.query_row([RESERVED_PREFIX], |row| row.get(0))?;
             let mut parents = connection.prepare(

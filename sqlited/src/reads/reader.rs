@@ -11,7 +11,7 @@ use std::{
 };
 
 use prost::Message;
-use resqlite::api::SqlError;
+use resqlite::api::{ReplyClass, SqlError};
 use rusqlite::ffi;
 use tokio::{
     runtime,
@@ -20,17 +20,18 @@ use tokio::{
 };
 use tonic::{Code, Status};
 
-use super::{Held, Job, Patience, Phase, Queue, ReadBatch, ReadJob, shutting_down};
+use super::{Author, Held, Job, Patience, Phase, Queue, ReadBatch, ReadJob, shutting_down};
 use crate::{
     apply,
     classify::{self, Nature},
     connection,
-    determinism::Class,
+    determinism::{Class, authorizer::StatementFacts},
     errors::{invalid_sql, own_sql_error, sql_status},
     limits::ROW_BATCH_BYTES,
     script::Kind,
     sql_kind,
     syntax::SyntaxCheck,
+    users::Where,
     value::{self, BindError},
 };
 
@@ -382,11 +383,28 @@ impl Reading<'_> {
                 Err(BindError::Sqlite(error)) => Err(self.failure(error, Code::InvalidArgument)),
             })
         };
-        let read = match &self.job.held {
-            Some(held) => self.reader.connection.read_noting(&source.sql, |facts| held.note(facts), run),
-            None => self.reader.connection.read(&source.sql, |statement| run(statement)),
+        // Who may read everything needs no look at what it is.
+        let read = if self.job.held.is_none() && self.job.author.rights.reads_everything() {
+            self.reader.connection.read(&source.sql, |statement| run(statement))
+        } else {
+            self.reader.connection.read_noting(&source.sql, |facts| self.noted(facts), run)
         };
         read.unwrap_or_else(|error| Err(self.failure(error, Code::InvalidArgument)))
+    }
+
+    /// Notes what is read, and refuses what may not be.
+    fn noted(&self, facts: &StatementFacts) -> rusqlite::Result<Option<Result<(), Failure>>> {
+        if let Some(held) = &self.job.held {
+            held.note(facts);
+        }
+        let Author { name, rights } = &self.job.author;
+        let excess = rights.excess(facts, self.reader.connection.connection(), Where::Reader)?;
+        Ok(excess.map(|excess| {
+            let message = format!("{name} {excess}");
+            let code = ffi::SQLITE_AUTH;
+            let failure = classify::Failure::new(ReplyClass::Denied, code, self.number() as u32, message);
+            Err(Failure::Statement(sql_status(Code::PermissionDenied, &failure.error)))
+        }))
     }
 
     fn stream(&self, statement: &mut rusqlite::Statement<'_>, log_index: u64) -> Result<(), Failure> {

@@ -27,7 +27,7 @@ impl Pool {
     }
 
     fn read(&self, sql: &str) -> Batches {
-        self.readers.read(statement(sql), None).unwrap()
+        self.readers.read(Author::anybody(), statement(sql), None).unwrap()
     }
 
     async fn stop(self) {
@@ -87,7 +87,7 @@ async fn more_reads_than_may_wait_are_refused_and_a_stop_answers_those_that_do()
     let pool = Pool::new(Patience::default());
     let mut waiting = vec![pool.read(BUSY)];
     let refused = loop {
-        match pool.readers.read(statement("select 1"), None) {
+        match pool.readers.read(Author::anybody(), statement("select 1"), None) {
             Ok(batches) => waiting.push(batches),
             Err(status) => break status,
         }
@@ -98,7 +98,7 @@ async fn more_reads_than_may_wait_are_refused_and_a_stop_answers_those_that_do()
     for batches in waiting {
         assert_eq!(end_of(batches).await.code(), Code::Unavailable);
     }
-    let late = pool.readers.read(statement("select 1"), None);
+    let late = pool.readers.read(Author::anybody(), statement("select 1"), None);
     assert_eq!(late.unwrap_err().code(), Code::Unavailable);
     pool.stop().await;
 }

@@ -21,6 +21,7 @@ use tokio::{
 use tonic::{Status, Streaming};
 
 use crate::{
+    auth::Caller,
     errors::reply_status,
     limits::{CLIENT_STALL_MAX, RESTORE_FINISH_MAX},
     write_path::{WriteId, WritePath},
@@ -46,6 +47,7 @@ pub struct Uploads {
 
 /// The file so far.
 struct Upload {
+    caller: Caller,
     id: bytes::Bytes,
     size_bytes: u64,
     waiting: BytesMut,
@@ -63,23 +65,31 @@ impl Uploads {
 
     /// Takes a file to its end. In a task of its own, so that somebody is still there to give up the upload of a
     /// client that has gone.
-    pub async fn take(&self, requests: Streaming<RestoreRequest>) -> Result<RestoreResponse, Status> {
+    pub async fn take(
+        &self,
+        caller: Caller,
+        requests: Streaming<RestoreRequest>,
+    ) -> Result<RestoreResponse, Status> {
         let uploads = self.clone();
-        let taken = tokio::spawn(async move { uploads.take_all(requests).await });
+        let taken = tokio::spawn(async move { uploads.take_all(&caller, requests).await });
         taken.await.map_err(|_| Status::internal("the upload ended without an answer"))?
     }
 
-    async fn take_all(&self, mut requests: Streaming<RestoreRequest>) -> Result<RestoreResponse, Status> {
+    async fn take_all(
+        &self,
+        caller: &Caller,
+        mut requests: Streaming<RestoreRequest>,
+    ) -> Result<RestoreResponse, Status> {
         match next(&mut requests).await? {
-            Some(Part::End(end)) => self.finish(end).await,
+            Some(Part::End(end)) => self.finish(caller, end).await,
             Some(Part::Begin(begin)) => {
                 let id = begin.upload_id.clone();
-                let taken = self.take_file(begin, &mut requests).await;
+                let taken = self.take_file(caller, begin, &mut requests).await;
                 match taken {
-                    Ok(end) => self.finish(end).await,
+                    Ok(end) => self.finish(caller, end).await,
                     Err(status) => {
                         // If that fails, it is given up after a while.
-                        let _ = self.step(&id, Step::Abandon(RestoreAbandon {})).await;
+                        let _ = self.step(caller, &id, Step::Abandon(RestoreAbandon {})).await;
                         Err(status)
                     }
                 }
@@ -90,13 +100,15 @@ impl Uploads {
 
     async fn take_file(
         &self,
+        caller: &Caller,
         begin: RestoreBegin,
         requests: &mut Streaming<RestoreRequest>,
     ) -> Result<RestoreEnd, Status> {
         let RestoreBegin { upload_id, size_bytes, replace } = begin;
         self.check_room(size_bytes)?;
-        self.step(&upload_id, Step::Start(RestoreStart { size_bytes, replace })).await?;
+        self.step(caller, &upload_id, Step::Start(RestoreStart { size_bytes, replace })).await?;
         let mut upload = Upload {
+            caller: caller.clone(),
             id: upload_id,
             size_bytes,
             waiting: BytesMut::new(),
@@ -146,34 +158,40 @@ impl Uploads {
         {
             outcome(staged)?;
         }
-        let (uploads, id) = (self.clone(), upload.id.clone());
+        let (uploads, caller, id) = (self.clone(), upload.caller.clone(), upload.id.clone());
         upload.under_way.spawn(async move {
-            uploads.step(&id, Step::Chunk(RestoreChunk { offset, data })).await.map(drop)
+            uploads.step(&caller, &id, Step::Chunk(RestoreChunk { offset, data })).await.map(drop)
         });
         Ok(())
     }
 
-    async fn step(&self, upload_id: &bytes::Bytes, step: Step) -> Result<Arc<StoredReply>, Status> {
-        self.write(WriteId::ServerMade, upload_id.clone(), step, STEP_MAX).await
+    async fn step(
+        &self,
+        caller: &Caller,
+        upload_id: &bytes::Bytes,
+        step: Step,
+    ) -> Result<Arc<StoredReply>, Status> {
+        self.write(caller, WriteId::ServerMade, upload_id.clone(), step, STEP_MAX).await
     }
 
-    async fn finish(&self, end: RestoreEnd) -> Result<RestoreResponse, Status> {
+    async fn finish(&self, caller: &Caller, end: RestoreEnd) -> Result<RestoreResponse, Status> {
         let RestoreEnd { upload_id, size_bytes, blake3, replace, id } = end;
         let id = id.map_or(WriteId::ServerMade, |id| WriteId::ClientMade { id, part: 0 });
         let step = Step::Finish(RestoreFinish { size_bytes, blake3, replace });
-        let reply = self.write(id, upload_id, step, RESTORE_FINISH_MAX).await?;
+        let reply = self.write(caller, id, upload_id, step, RESTORE_FINISH_MAX).await?;
         Ok(RestoreResponse { log_index: reply.log_index })
     }
 
     async fn write(
         &self,
+        caller: &Caller,
         id: WriteId,
         upload_id: bytes::Bytes,
         step: Step,
         at_most: Duration,
     ) -> Result<Arc<StoredReply>, Status> {
         let body = Body::Restore(RestoreStep { upload_id, step: Some(step) });
-        let reply = self.writes.write(id, true, None, body, Instant::now() + at_most).await?;
+        let reply = self.writes.write(caller, id, true, None, body, Instant::now() + at_most).await?;
         reply_status(&reply, |number| number).map_or(Ok(reply), Err)
     }
 

@@ -14,6 +14,7 @@ use tonic::Status;
 
 use super::{Mark, Verdict, Verification, Verifications, content, verdict};
 use crate::{
+    auth::Caller,
     facts::Facts,
     raft_link::{LinkState, RaftLink},
     reads::Readers,
@@ -121,7 +122,7 @@ impl Upkeep {
 
     async fn write(&self, body: Body) -> Result<(), Status> {
         let deadline = Instant::now() + WRITE_PATIENCE;
-        self.writes.write(WriteId::ServerMade, true, None, body, deadline).await.map(drop)
+        self.writes.write(&Caller::server(), WriteId::ServerMade, true, None, body, deadline).await.map(drop)
     }
 
     /// Says aloud when nodes differ; when it is this node that differs from most members, marks it.

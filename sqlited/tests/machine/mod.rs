@@ -226,6 +226,7 @@ pub fn request(index: u64, body: Body) -> LoggedRequest {
         step_budget: 10_000_000,
         result_limit_bytes: 1 << 20,
         reads: None,
+        authority: None,
         body: Some(body),
     }
 }

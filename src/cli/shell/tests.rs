@@ -78,6 +78,24 @@ impl ReSqlite for Server {
         Err(Status::unimplemented("there is nothing to replace"))
     }
 
+    async fn login(&self, _: Request<api::LoginRequest>) -> Result<Response<api::LoginResponse>, Status> {
+        Err(Status::unimplemented("there are no users here"))
+    }
+
+    async fn change_users(
+        &self,
+        _: Request<api::ChangeUsersRequest>,
+    ) -> Result<Response<api::ChangeUsersResponse>, Status> {
+        Err(Status::unimplemented("there are no users here"))
+    }
+
+    async fn list_users(
+        &self,
+        _: Request<api::ListUsersRequest>,
+    ) -> Result<Response<api::ListUsersResponse>, Status> {
+        Err(Status::unimplemented("there are no users here"))
+    }
+
     async fn verify(&self, _: Request<VerifyRequest>) -> Result<Response<VerifyResponse>, Status> {
         Err(Status::unimplemented("there is nothing to compare"))
     }
