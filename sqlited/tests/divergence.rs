@@ -161,6 +161,13 @@ async fn a_node_that_differs_from_most_members_serves_nobody_before_and_after_a_
     let hashes = ContentHashRequest { log_index: marker };
     assert!(node.client().content_hash(hashes).await.is_ok(), "what differs can still be looked into");
     let mark = node.directory.path().join("sql/resqlite.db.diverged");
+    // It refuses everybody at once, and the note of it takes as long as the disk does.
+    let noted = async {
+        while !mark.exists() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(PATIENCE, noted).await.expect("the mark is made in time");
     let mark = std::fs::read_to_string(mark).unwrap();
     for fact in [format!("log index {marker}"), blake3::Hash::from_slice(&own).unwrap().to_string()] {
         assert!(mark.contains(&fact), "{mark}");
