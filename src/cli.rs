@@ -8,7 +8,9 @@ mod batch;
 mod bench;
 mod cert;
 mod cluster;
+mod csv;
 mod dot;
+mod import;
 mod input;
 mod interactive;
 mod leader;
@@ -72,6 +74,8 @@ enum Command {
     Dump(backup::DumpArguments),
     /// Replace the whole content by that of an SQLite file
     Restore(restore::Arguments),
+    /// Put in the rows of a CSV file, or run the statements of an SQL file
+    Import(import::Arguments),
     /// Measure a cluster: a closed loop of clients
     Bench(bench::Arguments),
     /// Make certificates: for a cluster's nodes and for its clients
@@ -214,6 +218,7 @@ async fn run(command: Command) -> ExitCode {
         Command::Backup(arguments) => backup::run_backup(arguments).await,
         Command::Dump(arguments) => backup::run_dump(arguments).await,
         Command::Restore(arguments) => restore::run(arguments).await,
+        Command::Import(arguments) => import::run(arguments).await,
         Command::Bench(arguments) => bench::run(arguments).await,
         Command::Cert(command) => cert::run(command),
         Command::Cluster(command) => cluster::run(command),

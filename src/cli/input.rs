@@ -8,6 +8,7 @@
 use std::{
     fs::File,
     io::{self, Read},
+    path::Path,
     thread,
 };
 
@@ -103,7 +104,7 @@ impl Input {
     }
 
     /// A file, and its length in bytes.
-    pub fn file(path: &str) -> io::Result<(Self, u64)> {
+    pub fn file(path: &Path) -> io::Result<(Self, u64)> {
         let file = File::open(path)?;
         let metadata = file.metadata()?;
         if metadata.is_dir() {
@@ -312,7 +313,7 @@ mod tests {
     async fn pieces_of_file(content: &[u8]) -> Vec<String> {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(content).unwrap();
-        let (input, length) = Input::file(file.path().to_str().unwrap()).unwrap();
+        let (input, length) = Input::file(file.path()).unwrap();
         assert_eq!(length, content.len() as u64);
         pieces(input).await
     }

@@ -118,6 +118,26 @@ impl Shell {
         self.finish(outcome)
     }
 
+    /// Works through one file, shows a bar for it, and names it in errors.
+    pub async fn import(mut self, path: &Path) -> ExitCode {
+        let file = path.display();
+        let (mut input, length) = match Input::file(path) {
+            Ok(opened) => opened,
+            Err(error) => return super::fail(&format!("{file} cannot be read: {error}")),
+        };
+        self.progress = Some(progress::bar(Some(length)));
+        let mut outcome = self.run_input(&mut input).await;
+        let unfinished = self.batch.drop_block();
+        if let (Ok(()), Some(line)) = (&outcome, unfinished) {
+            outcome = Err(Stop::at(line, "BEGIN without COMMIT"));
+        }
+        if let Err(Stop::Failed { line: line @ 1.., message }) = outcome {
+            let extent = "what is before this line is applied, except for its own BEGIN … COMMIT";
+            outcome = Err(Stop::at(0, format!("{file}:{line}: {message}; {extent}")));
+        }
+        self.finish(outcome)
+    }
+
     /// Writes what is left, reports what went wrong, and turns it into an exit status.
     pub fn finish(&mut self, outcome: Result<(), Stop>) -> ExitCode {
         if let Some(progress) = self.progress.take() {
@@ -317,7 +337,7 @@ pub fn file_output(path: &str) -> Result<Output, String> {
 }
 
 fn open(path: &str) -> Result<(Input, u64), String> {
-    Input::file(path).map_err(|error| format!("cannot open \"{path}\": {error}"))
+    Input::file(Path::new(path)).map_err(|error| format!("cannot open \"{path}\": {error}"))
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ mod exactly_once;
 mod filesystem;
 mod full_disk;
 mod harness;
+mod import;
 mod large_results;
 mod leader;
 mod logictest;
