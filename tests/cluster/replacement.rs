@@ -247,7 +247,8 @@ async fn a_log_or_a_database_that_is_lost_alone_is_filled_or_says_what_to_do() {
     cluster.wait_until_level().await;
     let lost = (cluster.leader().await + 1) % 3;
     let up = cluster.leader().await;
-    // The database, while the log reaches back to its beginning; then the log, while the database is whole.
+    // The database, while the log reaches back to its beginning; then the log, while the database is whole: whether
+    // the leader or the own sqlited is heard first, the node is filled.
     for gone in ["sql", "raft"] {
         kill(&mut cluster, lost);
         fs::remove_dir_all(directory(&cluster, lost).join(gone)).unwrap();
@@ -256,7 +257,21 @@ async fn a_log_or_a_database_that_is_lost_alone_is_filled_or_says_what_to_do() {
         execute(&mut cluster.client(up), "insert into t select max(n) + 1 from t").await.unwrap();
         cluster.wait_until_level().await;
     }
-    // Now the log begins where the database stood.
+    // With no leader to be heard, the new log begins where the database stands.
+    cluster.kill_all();
+    fs::remove_dir_all(directory(&cluster, lost).join("raft")).unwrap();
+    cluster.launch(lost);
+    eventually("the new log begins after what the database has applied", || async {
+        let (_, metrics) = cluster.watch(lost, Daemon::Raftd, "/metrics").await?;
+        let line = metrics.lines().find(|line| line.starts_with("resqlite_raft_first_index "))?;
+        (!line.ends_with(" 1")).then_some(())
+    })
+    .await;
+    for node in 0..cluster.size() {
+        cluster.launch(node);
+    }
+    cluster.wait_until_serving().await;
+    cluster.wait_until_level().await;
     kill(&mut cluster, lost);
     fs::remove_dir_all(directory(&cluster, lost).join("sql")).unwrap();
     cluster.launch(lost);
