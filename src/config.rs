@@ -4,6 +4,7 @@
 //! person who has just edited the file knows where to look. This is the only
 //! file that may name `serde_yaml`.
 
+mod limits;
 mod tls;
 
 use std::{
@@ -16,7 +17,10 @@ use std::{
 
 use serde::{Deserialize, Deserializer, de};
 
-pub use self::tls::{PeerTlsFiles, SqlTlsFiles};
+pub use self::{
+    limits::Limits,
+    tls::{PeerTlsFiles, SqlTlsFiles},
+};
 
 /// Where both daemons look for their configuration unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/resqlite/resqlite.yaml";
@@ -119,6 +123,8 @@ pub struct Sqlited {
     pub data_dir: PathBuf,
     /// How many reads may run at the same time, each on a connection of its own.
     pub readers: usize,
+    /// What clients may take together.
+    pub limits: Limits,
     /// The largest write request, as it is stored in the log.
     pub max_request_bytes: u64,
     /// The largest result of a write (RETURNING, or a SELECT inside a transaction).
@@ -175,6 +181,7 @@ impl Default for Sqlited {
             allow_plaintext_on_network: false,
             data_dir: "/var/lib/resqlite/sql".into(),
             readers: 4,
+            limits: Limits::default(),
             max_request_bytes: 16 << 20,
             max_result_bytes: 16 << 20,
             // A few seconds of work: for as long nothing else is applied, on any node.
@@ -372,6 +379,7 @@ impl Config {
         in_range("log_tail_bytes", self.raftd.log_tail_bytes, 1 << 20, 1 << 40)?;
         in_range("readers", self.sqlited.readers as u64, 1, 256)?;
         in_range("max_request_bytes", self.sqlited.max_request_bytes, 1 << 10, 64 << 20)?;
+        self.sqlited.limits.check(self.sqlited.max_request_bytes)?;
         in_range("max_result_bytes", self.sqlited.max_result_bytes, 1 << 10, 64 << 20)?;
         in_range("verify_interval_seconds", self.sqlited.verify_interval_seconds, 0, 366 * 86_400)?;
         in_range("snapshot_bytes_per_second", self.sqlited.snapshot_bytes_per_second, 1 << 20, 1 << 40)?;

@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM},
@@ -154,6 +155,21 @@ pub fn stop_with_stdin(shutdown: &Shutdown) -> io::Result<()> {
         shutdown.trigger();
     })?;
     Ok(())
+}
+
+/// Takes as many file descriptors as the process may have, and says how many those are: what it is given at first is
+/// often 1,024, for programs that use select(2), which this one does not.
+pub fn raise_descriptor_limit() -> u64 {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum,
+        Err(error) => {
+            tracing::warn!(%error, "the limit of file descriptors cannot be raised");
+            limit.current
+        }
+    }
+    .unwrap_or(u64::MAX)
 }
 
 /// Tells systemd that the service is ready. Silent without systemd, as are the others.

@@ -12,6 +12,7 @@
 //! resumed session would be let in by a check that was made long ago.
 //! Nothing here knows what travels over a connection.
 
+pub mod admission;
 pub mod clients;
 pub mod connect;
 pub mod files;
@@ -32,6 +33,7 @@ use tokio_rustls::rustls::{
 pub use tokio_rustls::rustls::pki_types::ServerName;
 
 pub use self::{
+    admission::{Admission, ConnectionLimits, ConnectionMetrics, UnderWay},
     clients::{ClientTls, SqlTls},
     connect::Dial,
     incoming::{Caller, Incoming},

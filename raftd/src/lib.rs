@@ -41,7 +41,10 @@ use resqlite::{
     daemon::{self, Reloads, Shutdown},
     disk::{self, Room, Watermark},
     monitoring::{self, Busy},
-    tls::{Dial, Incoming, PeerTls, Reloading, ServerName, TlsError, names::NodeName, peers::PeerSource},
+    tls::{
+        Admission, ConnectionLimits, ConnectionMetrics, Dial, Incoming, PeerTls, Reloading, ServerName,
+        TlsError, names::NodeName, peers::PeerSource,
+    },
 };
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -306,6 +309,15 @@ fn start_peers(
     others.map(start).collect()
 }
 
+/// A peer has a connection or two; the rest is room for those who try, and give way to the next.
+const PEER_CONNECTIONS: ConnectionLimits = ConnectionLimits {
+    total: 512,
+    per_address: 128,
+    first_bytes: Duration::from_secs(10),
+    // A follower that is called by nobody but at elections may keep its connection.
+    idle: Duration::from_secs(3_600),
+};
+
 async fn serve(
     config: &Config,
     listeners: Listeners,
@@ -315,9 +327,13 @@ async fn serve(
 ) -> Result<(), RunError> {
     let message_bytes = max_payload_bytes(config) + MESSAGE_SLACK_BYTES;
     let keep_alive = Duration::from_millis(config.cluster.election_timeout_ms);
+    daemon::raise_descriptor_limit();
+    let metrics = &peer_service.metrics;
+    let metrics = ConnectionMetrics { open: metrics.connections.clone(), refused: metrics.refused.clone() };
+    let admission = Admission::new(PEER_CONNECTIONS, metrics);
     let incoming = match tls {
-        None => Incoming::plain(listeners.raft),
-        Some(tls) => Incoming::tls(listeners.raft, move || tls.current().server.clone()),
+        None => Incoming::plain(listeners.raft, admission),
+        Some(tls) => Incoming::tls(listeners.raft, admission, move || tls.current().server.clone()),
     };
     let peers = Server::builder()
         .http2_keepalive_interval(Some(keep_alive))

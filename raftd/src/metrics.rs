@@ -47,6 +47,10 @@ resqlite::define_metrics! {
         pub first_index: IntGauge = "resqlite_raft_first_index";
         /// The last index of the log.
         pub last_index: IntGauge = "resqlite_raft_last_index";
+        /// Connections at the raft port.
+        pub connections: IntGauge = "resqlite_raft_connections";
+        /// Connections at the raft port that were closed or turned away because a limit was reached, by its name.
+        pub refused: IntCounterVec = "resqlite_raft_connections_refused_total", &["limit"][..];
         /// What the log takes on disk.
         pub log_bytes: IntGauge = "resqlite_raft_log_bytes";
         /// What is free on the filesystem of the log.

@@ -13,7 +13,7 @@ use resqlite::{
         InstallSnapshotResponse, PeerMessage, SnapshotChunk, SnapshotHeader, SnapshotPosition,
         raft_service_server::RaftService,
     },
-    tls::Caller,
+    tls::{Caller, UnderWay},
 };
 use tokio::{
     sync::{oneshot, watch},
@@ -92,6 +92,11 @@ fn node_of<T>(request: &Request<T>) -> Option<NodeId> {
     request.extensions().get::<Caller>()?.node()
 }
 
+/// Keeps the connection its seat, as long as it lives.
+fn under_way<T>(request: &Request<T>) -> Option<UnderWay> {
+    Some(request.extensions().get::<Caller>()?.seat.call())
+}
+
 #[tonic::async_trait]
 impl RaftService for PeerService {
     async fn request_vote(&self, request: Request<PeerMessage>) -> Result<Response<PeerMessage>, Status> {
@@ -113,7 +118,7 @@ impl RaftService for PeerService {
         request: Request<Streaming<PeerMessage>>,
     ) -> Result<Response<Self::AppendEntriesStream>, Status> {
         let service = self.clone();
-        let caller = node_of(&request);
+        let (caller, under_way) = (node_of(&request), under_way(&request));
         // Nothing is ever sent but a refusal; the end of this half says that the stream is broken.
         let (refusal, answers) = tokio::sync::mpsc::channel(1);
         tokio::spawn(async move {
@@ -122,6 +127,7 @@ impl RaftService for PeerService {
                 service.metrics.error("stream_refused");
                 let _ = refusal.send(Err(status)).await;
             }
+            drop(under_way);
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
@@ -130,7 +136,7 @@ impl RaftService for PeerService {
         &self,
         request: Request<Streaming<SnapshotChunk>>,
     ) -> Result<Response<InstallSnapshotResponse>, Status> {
-        let caller = node_of(&request);
+        let (caller, _under_way) = (node_of(&request), under_way(&request));
         let mut chunks = request.into_inner();
         let mut first = chunks.message().await?.unwrap_or_default();
         let header = first.header.take();

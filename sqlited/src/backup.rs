@@ -26,6 +26,7 @@ use tonic::Status;
 
 use self::parts::PartWriter;
 use crate::{
+    connection,
     limits::CLIENT_STALL_MAX,
     snapshot::{self, CopyError, Shared, Users},
 };
@@ -195,6 +196,8 @@ impl Copy {
         drop(right);
         let connection = Connection::open(&name.0)?;
         remove_own_tables(&connection)?;
+        // Only now: a defensive connection keeps its journal.
+        connection::harden(&connection)?;
         Ok((Self { connection, name }, position.applied_index))
     }
 }

@@ -22,7 +22,7 @@ use tower::{Layer, Service};
 
 use resqlite::api::re_sqlite_server::ReSqliteServer;
 
-use crate::metrics::Metrics;
+use crate::{auth, metrics::Metrics};
 
 /// What calls of other services, and of methods that do not exist, are counted as.
 const OTHER: &str = "other";
@@ -102,7 +102,9 @@ impl Call {
     fn begin(metrics: Metrics, path: &str) -> Self {
         metrics.requests_under_way.inc();
         let service = <ReSqliteServer<()> as NamedService>::NAME;
-        let method = path.strip_prefix('/').and_then(|path| path.strip_prefix(service)?.strip_prefix('/'));
+        // Names that only a stranger made up must not become series of their own.
+        let known = Some(path).filter(|path| auth::needs(path).is_some());
+        let method = known.and_then(|path| path.strip_prefix('/')?.strip_prefix(service)?.strip_prefix('/'));
         Self {
             metrics,
             method: method.unwrap_or(OTHER).to_owned(),
@@ -119,8 +121,7 @@ impl Call {
 
 impl Drop for Call {
     fn drop(&mut self) {
-        // Names that only a stranger made up must not become series of their own.
-        let method = if self.code == Code::Unimplemented { OTHER } else { &self.method };
+        let method = self.method.as_str();
         self.metrics.requests_under_way.dec();
         self.metrics.requests.with_label_values(&[method, code_name(self.code)]).inc();
         self.metrics.request.with_label_values(&[method]).observe(self.began.elapsed().as_secs_f64());
@@ -180,6 +181,8 @@ mod tests {
         drop(call);
         drop(Call::begin(metrics.clone(), "/grpc.health.v1.Health/Watch"));
         assert_eq!(metrics.requests.with_label_values(&["other", "UNIMPLEMENTED"]).get(), 1);
-        assert_eq!(metrics.requests.with_label_values(&["other", "CANCELLED"]).get(), 1);
+        // It went away before it could be told that there is no such method.
+        drop(Call::begin(metrics.clone(), "/resqlite.v1.ReSqlite/MadeUpToo"));
+        assert_eq!(metrics.requests.with_label_values(&["other", "CANCELLED"]).get(), 2);
     }
 }

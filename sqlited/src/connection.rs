@@ -56,9 +56,10 @@ const LIMITS: [(Limit, i32); 13] = [
 ];
 
 /// SQLite's switches, alike on every node.
-const SWITCHES: [(DbConfig, bool); 11] = [
+const SWITCHES: [(DbConfig, bool); 12] = [
     (DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true),
     (DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false),
+    (DbConfig::SQLITE_DBCONFIG_ENABLE_LOAD_EXTENSION, false),
     (DbConfig::SQLITE_DBCONFIG_ENABLE_FTS3_TOKENIZER, false),
     (DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, true),
     (DbConfig::SQLITE_DBCONFIG_ENABLE_VIEW, true),
@@ -201,6 +202,15 @@ impl Reader {
         self.guard.end();
         result
     }
+}
+
+/// Closes what a file that somebody made on purpose could use against its reader. For each connection that is neither
+/// the writer's nor a reader's: those copy pages, or look at a file as a whole, and run nobody's SQL.
+pub(crate) fn harden(connection: &Connection) -> rusqlite::Result<()> {
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_LOAD_EXTENSION, false)?;
+    Ok(())
 }
 
 /// What readers and the writer have in common.
@@ -440,5 +450,54 @@ impl KnownStatements {
             self.old = std::mem::take(&mut self.young);
         }
         self.young.insert(sql.into(), facts);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn is_closed(connection: &Connection) -> bool {
+        connection.db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE).unwrap()
+            && !connection.db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA).unwrap()
+            && !connection.db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_LOAD_EXTENSION).unwrap()
+    }
+
+    #[test]
+    fn every_kind_of_connection_is_defensive_and_trusts_no_schema() {
+        let directory = tempfile::tempdir().unwrap();
+        let database = directory.path().join("test.db");
+        let writer = Writer::open(&database, 1_000).unwrap();
+        assert!(is_closed(&writer.connection));
+        assert!(is_closed(open_reader(&database).unwrap().connection()));
+        let other = Connection::open_in_memory().unwrap();
+        assert!(!is_closed(&other), "SQLite's own defaults");
+        harden(&other).unwrap();
+        assert!(is_closed(&other));
+    }
+
+    #[test]
+    fn no_connection_is_opened_without_being_closed_to_what_files_may_hold() {
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let mut opened = 0;
+        let mut directories = vec![sources];
+        while let Some(directory) = directories.pop() {
+            for entry in fs::read_dir(directory).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    directories.push(path);
+                    continue;
+                }
+                let text = fs::read_to_string(&path).unwrap();
+                let code = text.split("#[cfg(test)]").next().unwrap();
+                let count = |what: &str| code.matches(what).count();
+                let opens = count("Connection::open");
+                let closes = count("harden(&") + count("configure(&connection)");
+                assert_eq!(opens, closes, "{}: as many connections as calls that close them", path.display());
+                opened += opens;
+            }
+        }
+        assert!(opened >= 8, "{opened} connections");
     }
 }

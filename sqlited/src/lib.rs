@@ -29,6 +29,7 @@ pub mod errors;
 mod execute;
 pub mod expansion;
 pub mod facts;
+pub mod intake;
 pub mod leadership;
 pub mod limits;
 mod local;
@@ -75,7 +76,7 @@ use resqlite::{
     directory_lock::DirectoryLock,
     disk::{self, Ballast, Watermark},
     monitoring::{self, Busy},
-    tls::{Incoming, Reloading, SqlTls, TlsError},
+    tls::{Admission, ConnectionLimits, ConnectionMetrics, Incoming, Reloading, SqlTls, TlsError},
 };
 use tokio::{
     net::TcpListener,
@@ -94,6 +95,7 @@ use crate::{
     calls::CountCalls,
     consistency::ReadGate,
     facts::Facts,
+    intake::Intake,
     leadership::Leadership,
     metrics::Metrics,
     pipeline::{Pipeline, PipelineError},
@@ -123,8 +125,8 @@ const BALLAST_BYTES: u64 = 4 << 20;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// … and taken for dead after this.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Requests that one connection may have under way.
-const MAX_STREAMS_PER_CONNECTION: u32 = 4_096;
+/// What the headers of a request may have; a token, or a name and its password, take the most of it.
+const MAX_HEADER_BYTES: u32 = 16 << 10;
 
 /// Why sqlited ended.
 #[derive(Debug, thiserror::Error)]
@@ -205,9 +207,10 @@ pub async fn run(
     let (metrics, applying) = (Metrics::new(), Busy::default());
     metrics.begin_series();
     let tls = config.sqlited.tls.clone().map(Reloading::<SqlTls>::load).transpose()?;
+    let admission = admission(&config, &metrics);
     let incoming = match tls.clone() {
-        None => Incoming::plain(listener),
-        Some(tls) => Incoming::tls(listener, move || tls.current().server.clone()),
+        None => Incoming::plain(listener, admission),
+        Some(tls) => Incoming::tls(listener, admission, move || tls.current().server.clone()),
     };
     let database = prepare_data_dir(&config.sqlited.data_dir)?;
     let _lock = lock_data_dir(&config.sqlited.data_dir)?;
@@ -338,7 +341,8 @@ pub async fn run(
     let watermark = Watermark::new(&config.sqlited.data_dir, config.min_free_bytes);
     let local = local::Local::bind(&config.sqlited.data_dir, Arc::clone(&authenticator));
 
-    let layers = (CountCalls::new(metrics.clone()), AuthLayer::new(authenticator));
+    let intake = Intake::new(config.sqlited.limits.clone(), largest_message(&config), metrics.clone());
+    let layers = (CountCalls::new(metrics), intake, AuthLayer::new(authenticator));
 
     tracing::info!(
         node = config.node_id,
@@ -437,13 +441,39 @@ fn write_settings(config: &Config) -> WriteSettings {
     }
 }
 
+/// The largest message that a client may send.
+fn largest_message(config: &Config) -> usize {
+    config.sqlited.max_request_bytes as usize + limits::MESSAGE_SLACK_BYTES
+}
+
+/// Seats for as many clients as may be, and as this process can have file descriptors for.
+fn admission(config: &Config, metrics: &Metrics) -> Admission {
+    let limits = &config.sqlited.limits;
+    let descriptors = daemon::raise_descriptor_limit().saturating_sub(limits::DESCRIPTORS_RESERVED);
+    let total = limits.connections.min(descriptors.max(1));
+    if total < limits.connections {
+        tracing::warn!(
+            connections = total,
+            "this process may not have the file descriptors for sqlited.limits.connections: raise its limit (LimitNOFILE)"
+        );
+    }
+    let limits = ConnectionLimits {
+        total: total as usize,
+        per_address: limits.connections_per_address as usize,
+        first_bytes: Duration::from_secs(limits.first_bytes_seconds),
+        idle: Duration::from_secs(limits.idle_seconds),
+    };
+    let metrics = ConnectionMetrics { open: metrics.connections.clone(), refused: metrics.refused.clone() };
+    Admission::new(limits, metrics)
+}
+
 /// Serves until `shutdown`, and then until the last request under way has ended.
 async fn serve(
     config: &Config,
     incoming: Incoming,
     service: Service,
     health: HealthServer<impl Health>,
-    (calls, auth): (CountCalls, AuthLayer),
+    (calls, intake, auth): (CountCalls, Intake, AuthLayer),
     shutdown: Shutdown,
 ) -> Result<(), RunError> {
     let reflection = || {
@@ -455,19 +485,20 @@ async fn serve(
             .with_service_name("grpc.health.v1.Health")
     };
     let unreflected = |error| RunError::Start(format!("no reflection: {error}"));
-    let request_bytes = config.sqlited.max_request_bytes as usize + limits::MESSAGE_SLACK_BYTES;
     Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .max_concurrent_streams(Some(MAX_STREAMS_PER_CONNECTION))
+        .http2_max_header_list_size(Some(MAX_HEADER_BYTES))
+        .max_concurrent_streams(Some(config.sqlited.limits.streams_per_connection))
         .layer(calls)
+        .layer(intake)
         .layer(auth)
         .add_service(health)
         .add_service(reflection().build_v1().map_err(unreflected)?)
         .add_service(reflection().build_v1alpha().map_err(unreflected)?)
         .add_service(
             ReSqliteServer::new(service)
-                .max_decoding_message_size(request_bytes)
+                .max_decoding_message_size(largest_message(config))
                 // What may be sent is bounded where it is made.
                 .max_encoding_message_size(usize::MAX),
         )

@@ -28,6 +28,9 @@ pub const SCRIPT_READS: usize = 64;
 /// What a gRPC message may be larger than the log entry that it becomes.
 pub const MESSAGE_SLACK_BYTES: usize = 64 << 10;
 
+/// File descriptors that clients may not have: the database's, raftd's, the metrics', and those of reads and transactions.
+pub const DESCRIPTORS_RESERVED: u64 = 512;
+
 /// How long a request is worked on when its client names no deadline.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
 

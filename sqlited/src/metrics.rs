@@ -41,6 +41,12 @@ resqlite::define_metrics! {
         pub request: HistogramVec = "resqlite_sql_request_seconds", (&["method"][..], LATENCY_SECONDS);
         /// Calls that are under way.
         pub requests_under_way: IntGauge = "resqlite_sql_requests_under_way";
+        /// Connections of clients.
+        pub connections: IntGauge = "resqlite_sql_connections";
+        /// Connections and calls that were turned away or ended because a limit was reached, by its name in sqlited.limits.
+        pub refused: IntCounterVec = "resqlite_sql_refused_total", &["limit"][..];
+        /// Bytes of the requests that are under way, as sqlited.limits.request_bytes bounds them.
+        pub request_bytes: IntGauge = "resqlite_sql_request_bytes";
         /// From the proposal of a write until it is committed and applied here, however often it was proposed.
         pub write: Histogram = "resqlite_sql_write_seconds", LATENCY_SECONDS;
         /// What a read waits before it may begin, to see what it asks to see.

@@ -37,6 +37,7 @@ fn differences(running: &Config, new: &Config) -> Vec<&'static str> {
         ("raftd.socket", running.raftd.socket != new.raftd.socket),
         ("sqlited.listen", old.listen != fresh.listen),
         ("sqlited.data_dir", old.data_dir != fresh.data_dir),
+        ("sqlited.limits", old.limits != fresh.limits),
         ("sqlited.readers", old.readers != fresh.readers),
         ("sqlited.max_request_bytes", old.max_request_bytes != fresh.max_request_bytes),
         ("sqlited.max_result_bytes", old.max_result_bytes != fresh.max_result_bytes),

@@ -17,7 +17,10 @@ use std::{
 use rusqlite::{Connection, OpenFlags, config::DbConfig};
 use tokio::{sync::oneshot, time::timeout};
 
-use crate::snapshot::{self, Shared};
+use crate::{
+    connection,
+    snapshot::{self, Shared},
+};
 
 /// The file's name is the database's with this at its end.
 const MARK_SUFFIX: &str = ".running";
@@ -132,6 +135,7 @@ pub fn check(database: &Path, applied_index: Option<u64>) -> Result<(), Damage> 
 fn verdict_of(database: &Path) -> rusqlite::Result<Option<String>> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(database, flags)?;
+    connection::harden(&connection)?;
     // Evidence is not to be written over by whoever looks at it.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     verdict(&connection)

@@ -14,6 +14,7 @@ use rusqlite::{
 
 use crate::{
     classify::{is_malformed, sql_error},
+    connection,
     expansion::{self, Schema},
 };
 
@@ -27,6 +28,7 @@ impl SyntaxCheck {
     /// Fails only for want of memory.
     pub fn new() -> rusqlite::Result<Self> {
         let empty = Connection::open_in_memory()?;
+        connection::harden(&empty)?;
         // Some PRAGMAs act while they are prepared, and on the whole process at that
         // (hard_heap_limit): here none may do anything.
         empty.authorizer(Some(|context: AuthContext<'_>| match context.action {

@@ -1,10 +1,10 @@
 //! Accepts connections and does the handshakes, for a gRPC server.
 //!
-//! A handshake that hangs holds up nobody: many are under way at once, each has a
-//! deadline, and where there are too many the oldest gives way to the next that comes.
+//! A handshake that hangs holds up nobody: many are under way at once, and each holds a seat
+//! ([`super::admission`]), which it loses in time, or to the next that comes where there are too many.
 
 use std::{
-    collections::VecDeque,
+    future::Future,
     io,
     net::SocketAddr,
     pin::Pin,
@@ -16,31 +16,36 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    task::{AbortHandle, JoinSet},
-    time::{Sleep, sleep, timeout},
+    task::JoinSet,
+    time::{Interval, MissedTickBehavior, Sleep, interval, sleep},
 };
 use tokio_rustls::{TlsAcceptor, rustls::ServerConfig, server::TlsStream};
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
 
-use super::names::Subject;
+use super::{
+    admission::{Admission, Closing, Limit, Seat},
+    names::Subject,
+};
 
-/// How long a handshake may take.
-const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
-/// How many handshakes are under way at most.
-const MAX_HANDSHAKES: usize = 512;
+/// How often those are closed whose time is over.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
+/// HTTP/2 begins with so many bytes (RFC 9113, section 3.4). From then on its pings tell who is alive.
+const PREFACE_BYTES: usize = 24;
 /// After an error of accept(2), such as no more file descriptors, before the next try.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Failed handshakes are logged at this pace at most: they cost a stranger nothing.
+/// Failed handshakes, and refused connections, are logged at this pace at most: they cost a stranger nothing.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(1);
 
 /// Who is at the other end of a connection; an extension of every request that comes over it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Caller {
     /// Where it came from.
     pub address: SocketAddr,
     /// What its certificate says, if it has shown one: checked already.
     pub certificate: Option<Arc<Subject>>,
+    /// The connection's, which is to be told of its calls.
+    pub seat: Seat,
 }
 
 impl Caller {
@@ -62,59 +67,73 @@ pub struct Incoming {
     listener: TcpListener,
     /// `None` for plain text. Asked for each connection, so that a new certificate counts at once.
     tls: Option<CurrentConfig>,
+    admission: Admission,
+    sweep: Interval,
     handshakes: JoinSet<Handshake>,
-    /// In the order of their beginnings; some may have ended.
-    order: VecDeque<AbortHandle>,
     pause: Option<Pin<Box<Sleep>>>,
     complained: Option<Instant>,
 }
 
-type Handshake = Result<Connection, (SocketAddr, io::Error)>;
+/// `None`: it has lost its seat.
+type Handshake = Option<Result<Connection, (SocketAddr, io::Error)>>;
 
 impl Incoming {
     /// Takes what comes to this listener as it is.
-    pub fn plain(listener: TcpListener) -> Self {
-        Self::new(listener, None)
+    pub fn plain(listener: TcpListener, admission: Admission) -> Self {
+        Self::new(listener, admission, None)
     }
 
     /// Takes only who completes a handshake.
-    pub fn tls(listener: TcpListener, config: impl Fn() -> Arc<ServerConfig> + Send + 'static) -> Self {
-        Self::new(listener, Some(Box::new(config)))
+    pub fn tls(
+        listener: TcpListener,
+        admission: Admission,
+        config: impl Fn() -> Arc<ServerConfig> + Send + 'static,
+    ) -> Self {
+        Self::new(listener, admission, Some(Box::new(config)))
     }
 
-    fn new(listener: TcpListener, tls: Option<CurrentConfig>) -> Self {
-        Self {
-            listener,
-            tls,
-            handshakes: JoinSet::new(),
-            order: VecDeque::new(),
-            pause: None,
-            complained: None,
-        }
+    fn new(listener: TcpListener, admission: Admission, tls: Option<CurrentConfig>) -> Self {
+        let mut sweep = interval(SWEEP_EVERY);
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self { listener, tls, admission, sweep, handshakes: JoinSet::new(), pause: None, complained: None }
     }
 
-    fn begin_handshake(&mut self, stream: TcpStream, address: SocketAddr, config: Arc<ServerConfig>) {
-        self.order.retain(|handshake| !handshake.is_finished());
-        if self.order.len() >= MAX_HANDSHAKES
-            && let Some(oldest) = self.order.pop_front()
-        {
-            oldest.abort();
-        }
-        let handshake = self.handshakes.spawn(async move {
-            match timeout(HANDSHAKE_WITHIN, TlsAcceptor::from(config).accept(stream)).await {
-                Ok(Ok(stream)) => Ok(Connection::secured(stream, address)),
-                Ok(Err(error)) => Err((address, error)),
-                Err(_) => Err((address, io::Error::new(io::ErrorKind::TimedOut, "it took too long"))),
-            }
+    fn begin_handshake(&mut self, accepted: Accepted, config: Arc<ServerConfig>) {
+        let Accepted { stream, address, seat, mut closing } = accepted;
+        self.handshakes.spawn(async move {
+            let shaken = tokio::select! {
+                shaken = TlsAcceptor::from(config).accept(stream) => shaken,
+                () = &mut closing => return None,
+            };
+            Some(match shaken {
+                Ok(stream) => Ok(Connection::secured(stream, address, seat, closing)),
+                Err(error) => Err((address, error)),
+            })
         });
-        self.order.push_back(handshake);
+    }
+
+    fn may_complain(&mut self) -> bool {
+        let may = self.complained.is_none_or(|at| at.elapsed() >= COMPLAIN_EVERY);
+        if may {
+            self.complained = Some(Instant::now());
+        }
+        may
+    }
+
+    fn turn_away(&mut self, address: SocketAddr, limit: Limit) {
+        if self.may_complain() {
+            tracing::warn!(
+                %address,
+                "a connection was turned away: all that {} allows have calls under way; if it is no flood, raise it",
+                limit.name()
+            );
+        }
     }
 
     fn complain(&mut self, address: SocketAddr, error: &io::Error) {
-        if self.complained.is_some_and(|at| at.elapsed() < COMPLAIN_EVERY) {
+        if !self.may_complain() {
             return;
         }
-        self.complained = Some(Instant::now());
         let hint = match error.kind() {
             io::ErrorKind::InvalidData if error.to_string().contains("InvalidContentType") => {
                 " (it speaks plain text?)"
@@ -138,14 +157,24 @@ impl Incoming {
                 return Poll::Ready(None);
             }
         };
+        let (seat, closing) = match self.admission.admit(address.ip(), Instant::now()) {
+            Ok(admitted) => admitted,
+            // Closed without a word: an answer to one of so many would cost more than the refusal saves.
+            Err(limit) => {
+                self.turn_away(address, limit);
+                return Poll::Ready(None);
+            }
+        };
         // What has gathered is sent at once. A failure means that the connection is gone already.
         let _ = stream.set_nodelay(true);
-        let Some(config) = self.tls.as_ref().map(|current| current()) else {
-            let caller = Caller { address, certificate: None };
-            return Poll::Ready(Some(Connection { stream: Transport::Plain(stream), caller }));
-        };
-        self.begin_handshake(stream, address, config);
-        Poll::Ready(None)
+        let accepted = Accepted { stream, address, seat, closing };
+        match self.tls.as_ref().map(|current| current()) {
+            None => Poll::Ready(Some(Connection::plain(accepted))),
+            Some(config) => {
+                self.begin_handshake(accepted, config);
+                Poll::Ready(None)
+            }
+        }
     }
 }
 
@@ -153,15 +182,18 @@ impl Stream for Incoming {
     type Item = io::Result<Connection>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        while self.sweep.poll_tick(cx).is_ready() {
+            self.admission.sweep(Instant::now());
+        }
         loop {
             match self.handshakes.poll_join_next(cx) {
-                Poll::Ready(Some(Ok(Ok(connection)))) => return Poll::Ready(Some(Ok(connection))),
-                Poll::Ready(Some(Ok(Err((address, error))))) => {
+                Poll::Ready(Some(Ok(Some(Ok(connection))))) => return Poll::Ready(Some(Ok(connection))),
+                Poll::Ready(Some(Ok(Some(Err((address, error)))))) => {
                     self.complain(address, &error);
                     continue;
                 }
-                // It gave way to others.
-                Poll::Ready(Some(Err(_aborted))) => continue,
+                // It lost its seat, or the runtime is ending.
+                Poll::Ready(Some(Ok(None) | Err(_))) => continue,
                 Poll::Ready(None) | Poll::Pending => {}
             }
             if let Some(connection) = ready!(self.poll_accept(cx)) {
@@ -171,11 +203,22 @@ impl Stream for Incoming {
     }
 }
 
+/// A connection that has a seat.
+struct Accepted {
+    stream: TcpStream,
+    address: SocketAddr,
+    seat: Seat,
+    closing: Closing,
+}
+
 /// A connection that a gRPC server may serve.
 #[derive(Debug)]
 pub struct Connection {
     stream: Transport,
     caller: Caller,
+    closing: Closing,
+    /// Until HTTP/2's beginning is complete.
+    preface_bytes_left: usize,
 }
 
 #[derive(Debug)]
@@ -185,11 +228,37 @@ enum Transport {
 }
 
 impl Connection {
-    fn secured(stream: TlsStream<TcpStream>, address: SocketAddr) -> Self {
+    fn plain(accepted: Accepted) -> Self {
+        let Accepted { stream, address, seat, closing } = accepted;
+        let caller = Caller { address, certificate: None, seat };
+        Self { stream: Transport::Plain(stream), caller, closing, preface_bytes_left: PREFACE_BYTES }
+    }
+
+    fn secured(stream: TlsStream<TcpStream>, address: SocketAddr, seat: Seat, closing: Closing) -> Self {
         let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
         // It was read before, when it was verified.
         let certificate = shown.and_then(|shown| Subject::of(shown).ok()).map(Arc::new);
-        Self { stream: Transport::Tls(Box::new(stream)), caller: Caller { address, certificate } }
+        let caller = Caller { address, certificate, seat };
+        let stream = Transport::Tls(Box::new(stream));
+        Self { stream, caller, closing, preface_bytes_left: PREFACE_BYTES }
+    }
+
+    /// An error once the seat is lost; until then whoever polls is woken when that happens.
+    fn check_seat(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        match Pin::new(&mut self.closing).poll(cx) {
+            Poll::Pending => Ok(()),
+            Poll::Ready(()) => Err(io::Error::new(io::ErrorKind::ConnectionAborted, "it gave way to others")),
+        }
+    }
+
+    fn received(&mut self, bytes: usize) {
+        if self.preface_bytes_left == 0 {
+            return;
+        }
+        self.preface_bytes_left = self.preface_bytes_left.saturating_sub(bytes);
+        if self.preface_bytes_left == 0 {
+            self.caller.seat.speaks();
+        }
     }
 }
 
@@ -207,15 +276,20 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        match &mut self.stream {
+        self.check_seat(cx)?;
+        let before = buffer.filled().len();
+        let read = match &mut self.stream {
             Transport::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
             Transport::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
-        }
+        };
+        self.received(buffer.filled().len() - before);
+        read
     }
 }
 
 impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.check_seat(cx)?;
         match &mut self.stream {
             Transport::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
             Transport::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
@@ -223,6 +297,7 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check_seat(cx)?;
         match &mut self.stream {
             Transport::Plain(stream) => Pin::new(stream).poll_flush(cx),
             Transport::Tls(stream) => Pin::new(stream).poll_flush(cx),
@@ -241,6 +316,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.check_seat(cx)?;
         match &mut self.stream {
             Transport::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bytes),
             Transport::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bytes),

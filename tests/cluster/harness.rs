@@ -276,6 +276,13 @@ impl Cluster {
         tokio::time::timeout(DEADLINE, asked).await.ok()?
     }
 
+    /// The value of a series in a daemon's metrics.
+    pub async fn metric(&self, node: usize, daemon: Daemon, series: &str) -> f64 {
+        let (_, text) = self.watch(node, daemon, "/metrics").await.expect("it answers");
+        let value = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
+        value.unwrap_or_else(|| panic!("there is no {series} in\n{text}"))
+    }
+
     /// Where clients reach a node.
     pub fn sql_address(&self, node: usize) -> &str {
         &self.nodes[node].sql_address

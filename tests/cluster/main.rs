@@ -17,6 +17,7 @@ mod exactly_once;
 mod filesystem;
 mod full_disk;
 mod harness;
+mod hostile;
 mod import;
 mod large_results;
 mod leader;

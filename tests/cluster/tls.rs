@@ -67,7 +67,12 @@ fn node_files(ca: &Path, out: &Path, cluster: &str, id: usize) {
 
 /// A cluster that is all TLS, with certificates, not started.
 fn prepare(size: usize) -> Cluster {
-    let mut cluster = Cluster::prepare_with(size, RAFTD, SQLITED);
+    prepare_with(size, "")
+}
+
+/// The same, with more settings for sqlited.
+pub fn prepare_with(size: usize, sqlited: &str) -> Cluster {
+    let mut cluster = Cluster::prepare_with(size, RAFTD, &format!("{SQLITED}\n{sqlited}"));
     cluster.trusted = Some(authority(cluster.path(), "alice"));
     for node in 0..size {
         node_files(&ca(&cluster), &tls_directory(&cluster, node), "test", node + 1);
@@ -84,11 +89,11 @@ async fn start(size: usize) -> Cluster {
     cluster
 }
 
-fn ca(cluster: &Cluster) -> PathBuf {
+pub fn ca(cluster: &Cluster) -> PathBuf {
     cluster.path().join("ca")
 }
 
-fn tls_directory(cluster: &Cluster, node: usize) -> PathBuf {
+pub fn tls_directory(cluster: &Cluster, node: usize) -> PathBuf {
     cluster.path().join(format!("node{}/tls", node + 1))
 }
 
@@ -142,7 +147,7 @@ async fn shake_raft(cluster: &Cluster, files: ClientTlsFiles) -> io::Result<Subj
     shake(&raft_address(cluster, 0), "node-1.test.resqlite", files).await
 }
 
-fn raft_address(cluster: &Cluster, node: usize) -> String {
+pub fn raft_address(cluster: &Cluster, node: usize) -> String {
     let config = fs::read_to_string(cluster.path().join(format!("node{}/resqlite.yaml", node + 1))).unwrap();
     let config = resqlite::config::Config::parse(&config, "test").unwrap();
     config.raftd.listen.to_string()
@@ -152,7 +157,7 @@ fn log(cluster: &Cluster, node: usize, daemon: &str) -> String {
     fs::read_to_string(cluster.path().join(format!("node{}/{daemon}.log", node + 1))).unwrap()
 }
 
-async fn until_logged(cluster: &Cluster, daemon: &str, words: &[&str]) {
+pub async fn until_logged(cluster: &Cluster, daemon: &str, words: &[&str]) {
     eventually(&format!("{daemon} says {words:?}"), || async {
         log(cluster, 0, daemon).lines().any(|line| words.iter().all(|word| line.contains(word))).then_some(())
     })

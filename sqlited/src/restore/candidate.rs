@@ -18,7 +18,6 @@ use resqlite::{
 use rusqlite::{
     Connection, Error, OpenFlags,
     backup::{Backup, StepResult},
-    config::DbConfig,
     ffi,
     types::ToSqlOutput,
 };
@@ -27,6 +26,7 @@ use super::staging::{Staging, failed, lost, may_replace};
 use crate::{
     backup::VirtualTable,
     classify::{self, Failure},
+    connection,
     determinism::authorizer::{RESERVED_PREFIX, is_known_module},
 };
 
@@ -157,8 +157,7 @@ impl CandidateFile {
     fn check(&self) -> Result<Connection, Trial> {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(&self.path, flags)?;
-        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
-        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
+        connection::harden(&connection)?;
         connection.execute_batch("PRAGMA cell_size_check = ON")?;
         let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
         if verdict != "ok" {

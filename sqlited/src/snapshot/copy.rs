@@ -15,7 +15,10 @@ use rusqlite::{
     backup::{Backup, StepResult},
 };
 
-use crate::apply::{self, Position};
+use crate::{
+    apply::{self, Position},
+    connection,
+};
 
 /// How many pages are copied between two looks at whether anybody still wants them.
 const PAGES_PER_STEP: i32 = 1_024;
@@ -67,9 +70,12 @@ pub fn copy(database: &Path, to: &Path, is_wanted: impl Fn() -> bool) -> Result<
 pub fn copy_pages(database: &Path, to: &Path, is_wanted: impl Fn() -> bool) -> Result<Position, CopyError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let source = Connection::open_with_flags(database, flags)?;
+    connection::harden(&source)?;
     let mut target = Connection::open(to)?;
     // Nobody reads a copy that a crash has left behind.
     target.execute_batch("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF")?;
+    // Only now: a defensive connection keeps its journal.
+    connection::harden(&target)?;
     // Inside a transaction every step sees the same view, so no write makes the copy begin anew.
     let view = source.unchecked_transaction()?;
     let position = apply::stored_position(&view)?.map_err(CopyError::Unusable)?;

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     apply::{self, Position},
-    soundness,
+    connection, soundness,
 };
 
 /// What is said of a snapshot before it comes.
@@ -98,6 +98,7 @@ fn check(path: &Path, announced: Announced) -> Result<Position, ReceiveError> {
     let flags =
         OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_URI;
     let connection = Connection::open_with_flags(immutable_uri(path), flags)?;
+    connection::harden(&connection)?;
     if let Some(wrong) = soundness::verdict(&connection)? {
         return Err(ReceiveError::Unusable(wrong));
     }
