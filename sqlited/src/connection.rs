@@ -56,10 +56,9 @@ const LIMITS: [(Limit, i32); 13] = [
 ];
 
 /// SQLite's switches, alike on every node.
-const SWITCHES: [(DbConfig, bool); 12] = [
+const SWITCHES: [(DbConfig, bool); 11] = [
     (DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true),
     (DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false),
-    (DbConfig::SQLITE_DBCONFIG_ENABLE_LOAD_EXTENSION, false),
     (DbConfig::SQLITE_DBCONFIG_ENABLE_FTS3_TOKENIZER, false),
     (DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, true),
     (DbConfig::SQLITE_DBCONFIG_ENABLE_VIEW, true),
@@ -208,9 +207,7 @@ impl Reader {
 /// the writer's nor a reader's: those copy pages, or look at a file as a whole, and run nobody's SQL.
 pub(crate) fn harden(connection: &Connection) -> rusqlite::Result<()> {
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
-    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
-    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_LOAD_EXTENSION, false)?;
-    Ok(())
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false).map(drop)
 }
 
 /// What readers and the writer have in common.
@@ -459,9 +456,11 @@ mod tests {
     use std::fs;
 
     fn is_closed(connection: &Connection) -> bool {
+        // Nobody ever turns extensions on; SQLite has them off.
+        let loaded = connection.query_row("SELECT load_extension('evil.so')", [], |_| Ok(()));
+        assert!(loaded.unwrap_err().to_string().contains("not authorized"));
         connection.db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE).unwrap()
             && !connection.db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA).unwrap()
-            && !connection.db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_LOAD_EXTENSION).unwrap()
     }
 
     #[test]

@@ -89,11 +89,11 @@ async fn start(size: usize) -> Cluster {
     cluster
 }
 
-pub fn ca(cluster: &Cluster) -> PathBuf {
+fn ca(cluster: &Cluster) -> PathBuf {
     cluster.path().join("ca")
 }
 
-pub fn tls_directory(cluster: &Cluster, node: usize) -> PathBuf {
+fn tls_directory(cluster: &Cluster, node: usize) -> PathBuf {
     cluster.path().join(format!("node{}/tls", node + 1))
 }
 
@@ -157,7 +157,7 @@ fn log(cluster: &Cluster, node: usize, daemon: &str) -> String {
     fs::read_to_string(cluster.path().join(format!("node{}/{daemon}.log", node + 1))).unwrap()
 }
 
-pub async fn until_logged(cluster: &Cluster, daemon: &str, words: &[&str]) {
+async fn until_logged(cluster: &Cluster, daemon: &str, words: &[&str]) {
     eventually(&format!("{daemon} says {words:?}"), || async {
         log(cluster, 0, daemon).lines().any(|line| words.iter().all(|word| line.contains(word))).then_some(())
     })
