@@ -22,6 +22,13 @@ from load import Load
 ELECTION_TIMEOUT_MS = 1000
 DAEMONS = ("resqlite-raftd", "resqlite-sqlited")
 PROGRAM = str(RUN / "program/usr/bin/resqlite")
+CERTIFICATES = RUN / "certificates"
+# For the command line of this side; the playbook makes the files.
+CLIENT_FILES = {
+    "RESQLITE_CA": str(CERTIFICATES / "ca/ca.crt"),
+    "RESQLITE_CERT": str(CERTIFICATES / "admin/admin.crt"),
+    "RESQLITE_KEY": str(CERTIFICATES / "admin/admin.key"),
+}
 REPOSITORY_LINES = rf"""
 mkdir -p /etc/apt/keyrings
 cp /root/resqlite.gpg /etc/apt/keyrings/resqlite.gpg
@@ -90,15 +97,17 @@ class Stage:
                     "resqlite_cluster_name": "hosts-test",
                     "resqlite_apt_repository": f"http://{GATEWAY}:8000",
                     "resqlite_apt_key": str(WORK / "apt/resqlite.gpg"),
+                    "resqlite_cert_program": PROGRAM,
+                    "resqlite_certificates": str(CERTIFICATES),
                 },
             }
         }
 
-    def playbook(self, name):
+    def playbook(self, name, *arguments, expected_hosts=3):
         """Runs a playbook and returns how many tasks changed something, host by host."""
-        output = run("ansible-playbook", "-i", self.inventory, name, cwd="deploy", timeout=300)
+        output = run("ansible-playbook", "-i", self.inventory, name, *arguments, cwd="deploy", timeout=300)
         recap = re.findall(r"^(\w+) +: ok=\d+ +changed=(\d+) +unreachable=0 +failed=0 ", output, re.MULTILINE)
-        check(len(recap) == 3, f"{name} did not reach every host:\n{output}")
+        check(len(recap) == expected_hosts, f"{name} did not reach every host:\n{output}")
         return {host: int(changed) for host, changed in recap}
 
     def endpoints(self, first=0):
@@ -241,7 +250,7 @@ def an_upgrade_keeps_data_and_an_edited_configuration(stage):
     stage.repository.publish_first()
     check(host.ssh("dpkg-query -W -f '${Version}' resqlite").endswith("+next"), "it was not upgraded")
     check(host.ssh("tail -n 1 /etc/resqlite/resqlite.yaml").strip() == "readers: 5", "the edited configuration is gone")
-    check(host.ssh("ls /etc/resqlite") == "resqlite.yaml\nresqlite.yaml.dpkg-dist", host.ssh("ls /etc/resqlite"))
+    check(host.ssh("ls /etc/resqlite") == "resqlite.yaml\nresqlite.yaml.dpkg-dist\ntls", host.ssh("ls /etc/resqlite"))
     check(not set(before) & {host.property(unit, "MainPID") for unit in DAEMONS}, "a daemon was not restarted")
     raftd, sqlited = (int(host.property(unit, "ActiveEnterTimestampMonotonic")) for unit in DAEMONS)
     check(raftd < sqlited, "sqlited was started before raftd")
@@ -274,6 +283,66 @@ def the_playbook_makes_a_serving_cluster_and_then_changes_nothing(stage):
     check(all(changed.values()), f"the first run changed {changed}")
     changed = stage.playbook("site.yml")
     check(not any(changed.values()), f"the second run changed {changed}")
+
+
+def each_daemon_can_read_its_own_key_only(stage):
+    host = stage.members[0]
+    may = {"resqlite-raft": "raftd/peer.key", "resqlite-sql": "sqlited/sql.key"}
+    for user in (*may, "nobody"):
+        for owner, file in may.items():
+            readable = host.ssh(f"runuser -u {user} -- test -r /etc/resqlite/tls/{file} && echo yes || echo no")
+            check(readable == ("yes" if user == owner else "no"), f"{user} may read {file}: {readable}")
+
+
+def whoever_may_not_attach_is_refused_whatever_the_files_mode(stage):
+    host = stage.members[0]
+    host.ssh("chmod 777 /run/resqlite/raftd.sock && chmod 755 /run/resqlite")
+    refused = host.ssh("runuser -u nobody -- timeout 20 resqlite raft propose --socket /run/resqlite/raftd.sock x 2>&1 || echo refused")
+    host.ssh("chmod 770 /run/resqlite/raftd.sock && chmod 2750 /run/resqlite")
+    check(refused.endswith("refused"), refused)
+    check("who may not use the socket was refused" in host.ssh("journalctl -u resqlite-raftd"), "raftd does not say so")
+
+
+def nobody_gets_in_without_a_certificate(stage):
+    endpoint = stage.endpoints()[0]
+    plain = {name: value for name, value in os.environ.items() if name not in CLIENT_FILES}
+    for environment in (plain, {**plain, "RESQLITE_CA": CLIENT_FILES["RESQLITE_CA"]}):
+        try:
+            run(PROGRAM, "shell", "--endpoints", endpoint, "-c", "select 1", timeout=60, env=environment)
+        except Failed:
+            continue
+        raise Failed("somebody without a certificate was served")
+
+
+def certificates_rotate_while_everything_is_served(stage):
+    def shown(host):
+        return host.ssh("cat /etc/resqlite/tls/raftd/peer.crt /etc/resqlite/tls/sqlited/sql.crt")
+
+    def pids():
+        return [host.property(unit, "MainPID") for host in stage.members for unit in DAEMONS]
+
+    before, processes, loads = [shown(host) for host in stage.members], pids(), start_loads(stage, 100_000_000)
+    changed = stage.playbook("rotate-certificates.yml")
+    end_loads(stage, loads)
+    check(all(changed.values()), f"the rotation changed {changed}")
+    check(not set(before) & {shown(host) for host in stage.members}, "a host has its old certificate")
+    check(pids() == processes, "a daemon was restarted")
+    for host in stage.members:
+        for unit in DAEMONS:
+            check("certificates reloaded" in host.ssh(f"journalctl -u {unit}"), f"{host.name}: {unit} has not reloaded")
+    changed = stage.playbook("site.yml")
+    check(not any(changed.values()), f"after the rotation site.yml changed {changed}")
+
+
+def a_lost_host_is_replaced(stage):
+    lost = stage.members[2]
+    lost.ssh("systemctl stop resqlite && apt-get purge -y -q resqlite")
+    check(lost.ssh("test -e /var/lib/resqlite || echo gone") == "gone", "there is something left of it")
+    serves_without(stage, lost)
+    stage.playbook("replace.yml", "-e", f"resqlite_replaced={lost.name}", expected_hosts=1)
+    stage.wait_until_healthy()
+    rows = {stage.sql("select count(*) from notes", host) for host in stage.members}
+    check(len(rows) == 1, f"the hosts hold different numbers of notes: {rows}")
 
 
 def what_is_written_through_one_host_is_read_on_the_others(stage):
@@ -374,12 +443,17 @@ SCENARIOS = [
     an_upgrade_keeps_data_and_an_edited_configuration,
     remove_stops_and_keeps_and_purge_deletes,
     the_playbook_makes_a_serving_cluster_and_then_changes_nothing,
+    each_daemon_can_read_its_own_key_only,
+    whoever_may_not_attach_is_refused_whatever_the_files_mode,
+    nobody_gets_in_without_a_certificate,
     what_is_written_through_one_host_is_read_on_the_others,
     a_killed_leader_is_replaced_and_comes_back,
     a_leader_without_network_is_replaced_and_catches_up,
     a_rebooted_host_comes_back_by_itself,
     a_changed_setting_is_applied_host_by_host,
+    certificates_rotate_while_everything_is_served,
     a_rolling_upgrade_loses_no_write_and_hardly_pauses,
+    a_lost_host_is_replaced,
 ]
 
 
@@ -396,6 +470,7 @@ def explain(stage):
 def main():
     began = time.monotonic()
     only = sys.argv[1:]
+    os.environ.update(CLIENT_FILES)
     stage = Stage()
     print(f"ok  {time.monotonic() - began:5.1f} s  four hosts have booted", flush=True)
     for scenario in SCENARIOS:
