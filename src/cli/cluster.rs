@@ -4,6 +4,7 @@
 
 use std::{
     io::{self, BufRead, Write},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command as Program, ExitCode},
 };
@@ -13,6 +14,7 @@ use serde::de::DeserializeOwned;
 use super::{fail, playground::daemon_path};
 use crate::{
     config::{Config, DEFAULT_PATH},
+    directory_lock::owner_for_root,
     recovery::{self, SurvivingDatabase, SurvivingLog},
 };
 
@@ -82,8 +84,8 @@ pub fn run(command: Command) -> ExitCode {
 fn recover(arguments: &RecoverArguments) -> Result<(), RecoverError> {
     let config = Config::load(&arguments.config)?;
     let survivor = Survivor {
-        log: run_program("raftd", &arguments.config, "show")?,
-        database: run_program("sqlited", &arguments.config, "show")?,
+        log: run_program("raftd", &config.raftd.data_dir, &arguments.config, "show")?,
+        database: run_program("sqlited", &config.sqlited.data_dir, &arguments.config, "show")?,
     };
     survivor.print(config.node_id);
     if arguments.show {
@@ -95,21 +97,30 @@ fn recover(arguments: &RecoverArguments) -> Result<(), RecoverError> {
         return Err(RecoverError::Declined);
     }
     // Both steps can be repeated. A crash in between leaves daemons that refuse to start, until this is run again.
-    run_program::<SurvivingLog>("raftd", &arguments.config, "found")?;
-    run_program::<SurvivingDatabase>("sqlited", &arguments.config, "found")?;
+    run_program::<SurvivingLog>("raftd", &config.raftd.data_dir, &arguments.config, "found")?;
+    run_program::<SurvivingDatabase>("sqlited", &config.sqlited.data_dir, &arguments.config, "found")?;
     println!("\nDone. {}", what_next(&config));
     Ok(())
 }
 
+/// Runs a daemon's program on its data directory. From root, as the user whose the directory is, so that the daemon can
+/// open afterwards what it makes there.
 fn run_program<T: DeserializeOwned>(
     program: &'static str,
+    data_dir: &Path,
     config: &Path,
     step: &str,
 ) -> Result<T, RecoverError> {
     let failed = |reason| RecoverError::Program { program, reason };
     let path = daemon_path(program).map_err(failed)?;
-    let output = Program::new(path).arg("--config").arg(config).args(["--recover", step]).output();
-    let output = output.map_err(|error| failed(error.to_string()))?;
+    let mut command = Program::new(path);
+    command.arg("--config").arg(config).args(["--recover", step]);
+    let owner =
+        owner_for_root(data_dir).map_err(|error| failed(format!("{}: {error}", data_dir.display())))?;
+    if let Some((user, group)) = owner {
+        command.uid(user).gid(group);
+    }
+    let output = command.output().map_err(|error| failed(error.to_string()))?;
     if !output.status.success() {
         return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
     }

@@ -5,6 +5,7 @@
 use std::{
     ffi::OsString,
     fs, io,
+    os::unix::fs::chown,
     path::{Path, PathBuf},
     process::ExitCode,
     time::{SystemTime, UNIX_EPOCH},
@@ -13,7 +14,7 @@ use std::{
 use super::fail;
 use crate::{
     config::{Config, DEFAULT_PATH},
-    directory_lock::{DirectoryLock, LOCK_FILE},
+    directory_lock::{DirectoryLock, LOCK_FILE, owner_for_root},
 };
 
 /// How the directories begin into which `replace` moves what it finds; they stay where they are.
@@ -126,6 +127,9 @@ fn move_aside(directory: &Path, name: &str) -> io::Result<Option<PathBuf>> {
     }
     let kept = directory.join(name);
     fs::create_dir(&kept)?;
+    if let Some((user, group)) = owner_for_root(directory)? {
+        chown(&kept, Some(user), Some(group))?;
+    }
     for name in names {
         fs::rename(directory.join(&name), kept.join(&name))?;
     }

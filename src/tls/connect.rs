@@ -2,10 +2,14 @@
 //!
 //! Each new connection is made with the certificates of that moment.
 
-use std::{fmt, io, sync::Arc};
+use std::{fmt, io, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    net::TcpStream,
+    time::timeout,
+};
 use tokio_rustls::{
     TlsConnector,
     client::TlsStream,
@@ -15,6 +19,9 @@ use tonic::transport::{Channel, Endpoint, Error, Uri};
 use tower::service_fn;
 
 use crate::config::Address;
+
+/// For how long we wait for the server's first word after the handshake.
+const FIRST_WORD_WITHIN: Duration = Duration::from_millis(500);
 
 /// How to reach one server.
 #[derive(Clone, Debug)]
@@ -76,7 +83,7 @@ impl Dial {
     }
 }
 
-type Secured = TokioIo<TlsStream<TcpStream>>;
+type Secured = TokioIo<BufReader<TlsStream<TcpStream>>>;
 
 fn connector(
     address: &Address,
@@ -90,5 +97,13 @@ async fn secure(address: Address, target: Target) -> io::Result<Secured> {
     let stream = TcpStream::connect(address.as_str()).await?;
     stream.set_nodelay(true)?;
     let stream = TlsConnector::from((target.config)()).connect(target.name, stream).await?;
-    Ok(TokioIo::new(stream))
+    // In TLS 1.3 a client is through before the server has looked at its certificate (RFC 8446, section 2). An HTTP/2
+    // server speaks at once, so its first word tells: an alert then is the reason why there is no connection, and no
+    // request has been sent on it. A server that waits for us gets its way.
+    let mut stream = BufReader::new(stream);
+    match timeout(FIRST_WORD_WITHIN, stream.fill_buf()).await {
+        Ok(Ok([])) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed right after the handshake")),
+        Ok(Err(error)) => Err(error),
+        Ok(Ok(_)) | Err(_) => Ok(TokioIo::new(stream)),
+    }
 }
