@@ -134,6 +134,9 @@ class Host:
         hosts' units of one name share a group: a unit that ends on one host removes it while the same unit starts on
         another, which then fails.
         """
+        if self._group.exists():
+            # What was killed takes a moment to end.
+            wait_for("the last boot's processes to end", lambda: "populated 0" in (self._group / "cgroup.events").read_text())
         for left, _, _ in os.walk(self._group, topdown=False):
             os.rmdir(left)
         self._group.mkdir(parents=True)
