@@ -404,9 +404,9 @@ impl Applier {
         if let Some(first) = requests().next() {
             self.writer.set_foreign_keys(first.foreign_keys).map_err(at_start)?;
         }
-        let mut own = OwnStatements::prepare(&self.writer.connection).map_err(at_start)?;
-        let mut savepoints = Savepoints::prepare(&self.writer).map_err(at_start)?;
-        own.begin.raw_execute().map_err(at_start)?;
+        let mut own = OwnStatements::on(&self.writer.connection);
+        let mut savepoints = Savepoints::on(&self.writer);
+        own.begin.run().map_err(at_start)?;
         let (mut done, mut reply_bytes) = (0, 0);
         for (at, item) in items.iter().enumerate() {
             let trouble = |error| Trouble { at, error };
@@ -435,7 +435,7 @@ impl Applier {
                 // VACUUM runs between groups.
                 Err(Stop::Vacuum) if at > 0 => return Ok(Group::Cut { at }),
                 Err(Stop::Vacuum) => {
-                    own.rollback.raw_execute().map_err(trouble)?;
+                    own.rollback.run().map_err(trouble)?;
                     let memory = Memory {
                         sessions: &mut self.sessions,
                         versions: &mut self.versions,
@@ -443,7 +443,7 @@ impl Applier {
                         staging: &mut self.staging,
                     };
                     replies.push(run_vacuum(&self.writer, memory, request, item.entry).map_err(trouble)?);
-                    own.begin.raw_execute().map_err(trouble)?;
+                    own.begin.run().map_err(trouble)?;
                     done = 1;
                     break;
                 }
@@ -458,7 +458,7 @@ impl Applier {
             self.save_users(&mut own).map_err(trouble)?;
         }
         own.save_position(self.position.cluster_id, last).map_err(trouble)?;
-        own.commit.raw_execute().map_err(trouble)?;
+        own.commit.run().map_err(trouble)?;
         drop((own, savepoints));
         self.note_committed(last);
         self.pass_on(&items[..done]);

@@ -365,6 +365,33 @@ impl Writer {
     }
 }
 
+/// A statement of ours that is prepared when it is first needed: most groups need few of those that there are, and each
+/// costs as much as a small request. Never from the cache: that is keyed by text, and what is in there runs for users.
+pub(crate) struct LazyStatement<'c> {
+    connection: &'c Connection,
+    sql: &'static str,
+    prepared: Option<Statement<'c>>,
+}
+
+impl<'c> LazyStatement<'c> {
+    pub fn new(connection: &'c Connection, sql: &'static str) -> Self {
+        Self { connection, sql, prepared: None }
+    }
+
+    pub fn get(&mut self) -> rusqlite::Result<&mut Statement<'c>> {
+        let statement = match self.prepared.take() {
+            Some(prepared) => prepared,
+            None => self.connection.prepare(self.sql)?,
+        };
+        Ok(self.prepared.insert(statement))
+    }
+
+    /// Runs it, without parameters.
+    pub fn run(&mut self) -> rusqlite::Result<()> {
+        self.get()?.raw_execute().map(drop)
+    }
+}
+
 /// Notes when a row gets the highest rowid there is.
 fn watch_rowids(connection: &Connection) -> rusqlite::Result<Arc<AtomicBool>> {
     let used = Arc::new(AtomicBool::new(false));

@@ -11,11 +11,11 @@ use resqlite::api::{
     LogEntry, LoggedRequest, ReplyClass, SqlError, Statement as SourceStatement, StatementResult,
     StoredReply, logged_request::Body,
 };
-use rusqlite::{Statement, ffi};
+use rusqlite::ffi;
 
 use crate::{
     classify::{self, Failure, Nature},
-    connection::Writer,
+    connection::{LazyStatement, Writer},
     determinism::authorizer::{Phase, StatementFacts},
     sqlite_ffi,
     users::Rights,
@@ -73,28 +73,28 @@ impl From<Failure> for Halt {
     }
 }
 
-/// Our own statements around each request, prepared once for each group.
+/// Our own statements around each request, prepared at most once for each group.
 pub(crate) struct Savepoints<'c> {
-    change_nothing: Statement<'c>,
-    save: Statement<'c>,
-    release: Statement<'c>,
-    rollback_to: Statement<'c>,
+    change_nothing: LazyStatement<'c>,
+    save: LazyStatement<'c>,
+    release: LazyStatement<'c>,
+    rollback_to: LazyStatement<'c>,
 }
 
 impl<'c> Savepoints<'c> {
-    pub fn prepare(writer: &'c Writer) -> rusqlite::Result<Self> {
-        let prepare = |sql| writer.connection.prepare(sql);
-        Ok(Self {
-            change_nothing: prepare("DELETE FROM _resqlite_meta WHERE 0")?,
-            save: prepare("SAVEPOINT request")?,
-            release: prepare("RELEASE request")?,
-            rollback_to: prepare("ROLLBACK TO request")?,
-        })
+    pub fn on(writer: &'c Writer) -> Self {
+        let own = |sql| LazyStatement::new(&writer.connection, sql);
+        Self {
+            change_nothing: own("DELETE FROM _resqlite_meta WHERE 0"),
+            save: own("SAVEPOINT request"),
+            release: own("RELEASE request"),
+            rollback_to: own("ROLLBACK TO request"),
+        }
     }
 
     /// Makes `changes()` 0, which a request could otherwise learn from the one before, or from our own writes.
     fn reset_changes(&mut self) -> rusqlite::Result<()> {
-        self.change_nothing.raw_execute().map(drop)
+        self.change_nothing.run()
     }
 
     fn save(&mut self) -> Result<(), Halt> {
@@ -112,8 +112,8 @@ impl<'c> Savepoints<'c> {
 }
 
 /// Runs a statement of ours: whatever goes wrong with it is this node's trouble.
-fn run_own(statement: &mut Statement<'_>) -> Result<(), Halt> {
-    statement.raw_execute().map(drop).map_err(|error| Halt::Stopped(Stop::Environment(error)))
+fn run_own(statement: &mut LazyStatement<'_>) -> Result<(), Halt> {
+    statement.run().map_err(|error| Halt::Stopped(Stop::Environment(error)))
 }
 
 /// One request while it is executed.

@@ -13,9 +13,9 @@ use std::{
 use bytes::Bytes;
 use prost::Message;
 use resqlite::api::{ReplyClass, RequestId, StoredReply};
-use rusqlite::{Connection, Statement, ffi};
+use rusqlite::{Connection, ffi};
 
-use crate::classify::Failure;
+use crate::{classify::Failure, connection::LazyStatement};
 
 /// A session may be forgotten once this many later entries are in the log, and not before.
 pub const WINDOW_ENTRIES: u64 = 100_000;
@@ -233,11 +233,15 @@ impl Sessions {
     }
 
     /// Writes what was touched since [`Self::committed`]. `put` takes client id and state, `delete` a client id.
-    pub fn save(&self, put: &mut Statement<'_>, delete: &mut Statement<'_>) -> rusqlite::Result<()> {
+    pub(crate) fn save(
+        &self,
+        put: &mut LazyStatement<'_>,
+        delete: &mut LazyStatement<'_>,
+    ) -> rusqlite::Result<()> {
         for client in &self.dirty {
             match self.sessions.get(client) {
-                Some(session) => put.execute((&client[..], encode(session)))?,
-                None => delete.execute((&client[..],))?,
+                Some(session) => put.get()?.execute((&client[..], encode(session)))?,
+                None => delete.get()?.execute((&client[..],))?,
             };
         }
         Ok(())

@@ -17,9 +17,9 @@ use resqlite::api::{
     self, Authority, LoggedPassword, LoggedToken, LoggedUser, ReplyClass, RightsChange, UserChange,
     authority::Who, user_change::Change,
 };
-use rusqlite::{Connection, OptionalExtension, Statement, ffi};
+use rusqlite::{Connection, OptionalExtension, ffi};
 
-use crate::classify::Failure;
+use crate::{classify::Failure, connection::LazyStatement};
 
 pub use directory::{Directory, Published};
 pub use rights::{MODULES_ANYBODY_MAY_CALL, Rights, Where};
@@ -282,20 +282,20 @@ impl Users {
     }
 
     /// Writes what was touched since [`Self::committed`], with [`Self::PUT`], [`Self::DELETE`] and [`Self::REQUIRE`].
-    pub fn save(
+    pub(crate) fn save(
         &self,
-        put: &mut Statement<'_>,
-        delete: &mut Statement<'_>,
-        require: &mut Statement<'_>,
+        put: &mut LazyStatement<'_>,
+        delete: &mut LazyStatement<'_>,
+        require: &mut LazyStatement<'_>,
     ) -> rusqlite::Result<()> {
         for name in &self.dirty {
             match self.users.get(name) {
-                Some(user) => put.execute((name, encode(user)))?,
-                None => delete.execute((name,))?,
+                Some(user) => put.get()?.execute((name, encode(user)))?,
+                None => delete.get()?.execute((name,))?,
             };
         }
         if self.required_dirty {
-            require.execute((self.required,))?;
+            require.get()?.execute((self.required,))?;
         }
         Ok(())
     }

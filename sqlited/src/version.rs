@@ -2,6 +2,8 @@
 //!
 //! It knows nothing of the log; it hashes what this binary is.
 
+use std::sync::LazyLock;
+
 use crate::sqlite_ffi;
 
 /// Raised whenever a rule of this crate changes what an entry means: limits, PRAGMA classes, session
@@ -13,6 +15,11 @@ pub const SEMANTICS: u32 = 1;
 /// The compiler's name is left out: it is not a setting. The architecture class stays in, because a
 /// compiler may fuse floating point operations on one architecture and not on another.
 pub fn execution_version() -> u64 {
+    static VERSION: LazyLock<u64> = LazyLock::new(hash);
+    *VERSION
+}
+
+fn hash() -> u64 {
     let mut hasher = blake3::Hasher::new_derive_key("resqlite execution version");
     hasher.update(sqlite_ffi::source_id().as_bytes());
     let mut options: Vec<&str> =

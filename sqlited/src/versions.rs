@@ -8,9 +8,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use resqlite::api::{ReadSet, ReplyClass};
-use rusqlite::{Connection, OptionalExtension, Statement, ffi};
+use rusqlite::{Connection, OptionalExtension, ffi};
 
-use crate::{classify::Failure, determinism::authorizer::StatementFacts};
+use crate::{classify::Failure, connection::LazyStatement, determinism::authorizer::StatementFacts};
 
 /// The schema, as if it were a table. No table of a user's can have this name.
 pub const SCHEMA_NAME: &str = "_resqlite_schema";
@@ -105,11 +105,15 @@ impl Versions {
     }
 
     /// Writes what was touched since [`Self::committed`], with [`Self::PUT`] and [`Self::DELETE`].
-    pub fn save(&self, put: &mut Statement<'_>, delete: &mut Statement<'_>) -> rusqlite::Result<()> {
+    pub(crate) fn save(
+        &self,
+        put: &mut LazyStatement<'_>,
+        delete: &mut LazyStatement<'_>,
+    ) -> rusqlite::Result<()> {
         for name in &self.dirty {
             match self.tables.get(name) {
-                Some(index) => put.execute((name, *index as i64))?,
-                None => delete.execute((name,))?,
+                Some(index) => put.get()?.execute((name, *index as i64))?,
+                None => delete.get()?.execute((name,))?,
             };
         }
         Ok(())

@@ -111,7 +111,7 @@ impl Applier {
     }
 
     fn save_entry(&self, connection: &rusqlite::Connection, entry: &LogEntry) -> rusqlite::Result<()> {
-        let mut own = OwnStatements::prepare(connection)?;
+        let mut own = OwnStatements::on(connection);
         self.sessions.save(&mut own.put_session, &mut own.delete_session)?;
         self.versions.save(&mut own.put_version, &mut own.delete_version)?;
         own.save_position(self.position.cluster_id, entry)

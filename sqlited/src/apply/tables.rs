@@ -4,9 +4,11 @@
 //! what a request is.
 
 use resqlite::api::LogEntry;
-use rusqlite::{Connection, Statement};
+use rusqlite::Connection;
 
-use crate::{restore::Staging, sessions::Sessions, users::Users, versions::Versions};
+use crate::{
+    connection::LazyStatement, restore::Staging, sessions::Sessions, users::Users, versions::Versions,
+};
 
 /// The format of the server's own tables.
 const SCHEMA_FORMAT: i64 = 1;
@@ -84,46 +86,44 @@ pub fn stored_position(connection: &Connection) -> rusqlite::Result<Result<Posit
 
 /// Our own statements around the requests of a group.
 pub(super) struct OwnStatements<'c> {
-    pub(super) begin: Statement<'c>,
-    pub(super) commit: Statement<'c>,
-    pub(super) rollback: Statement<'c>,
-    pub(super) put_session: Statement<'c>,
-    pub(super) delete_session: Statement<'c>,
-    pub(super) put_version: Statement<'c>,
-    pub(super) delete_version: Statement<'c>,
-    pub(super) put_user: Statement<'c>,
-    pub(super) delete_user: Statement<'c>,
-    pub(super) require_authentication: Statement<'c>,
-    put_position: Statement<'c>,
+    pub(super) begin: LazyStatement<'c>,
+    pub(super) commit: LazyStatement<'c>,
+    pub(super) rollback: LazyStatement<'c>,
+    pub(super) put_session: LazyStatement<'c>,
+    pub(super) delete_session: LazyStatement<'c>,
+    pub(super) put_version: LazyStatement<'c>,
+    pub(super) delete_version: LazyStatement<'c>,
+    pub(super) put_user: LazyStatement<'c>,
+    pub(super) delete_user: LazyStatement<'c>,
+    pub(super) require_authentication: LazyStatement<'c>,
+    put_position: LazyStatement<'c>,
 }
 
 impl<'c> OwnStatements<'c> {
-    pub(super) fn prepare(connection: &'c Connection) -> rusqlite::Result<Self> {
-        let prepare = |sql| connection.prepare(sql);
-        Ok(Self {
-            begin: prepare("BEGIN IMMEDIATE")?,
-            commit: prepare("COMMIT")?,
-            rollback: prepare("ROLLBACK")?,
-            put_session: prepare(
-                "INSERT INTO _resqlite_sessions(client_id, state) VALUES (?1, ?2)
-                 ON CONFLICT DO UPDATE SET state = excluded.state",
-            )?,
-            delete_session: prepare("DELETE FROM _resqlite_sessions WHERE client_id = ?1")?,
-            put_version: prepare(Versions::PUT)?,
-            delete_version: prepare(Versions::DELETE)?,
-            put_user: prepare(Users::PUT)?,
-            delete_user: prepare(Users::DELETE)?,
-            require_authentication: prepare(Users::REQUIRE)?,
-            put_position: prepare(
+    pub(super) fn on(connection: &'c Connection) -> Self {
+        let own = |sql| LazyStatement::new(connection, sql);
+        Self {
+            begin: own("BEGIN IMMEDIATE"),
+            commit: own("COMMIT"),
+            rollback: own("ROLLBACK"),
+            put_session: own("INSERT INTO _resqlite_sessions(client_id, state) VALUES (?1, ?2)
+                 ON CONFLICT DO UPDATE SET state = excluded.state"),
+            delete_session: own("DELETE FROM _resqlite_sessions WHERE client_id = ?1"),
+            put_version: own(Versions::PUT),
+            delete_version: own(Versions::DELETE),
+            put_user: own(Users::PUT),
+            delete_user: own(Users::DELETE),
+            require_authentication: own(Users::REQUIRE),
+            put_position: own(
                 "UPDATE _resqlite_meta SET cluster_id = ?1, applied_index = ?2, applied_term = ?3,
                  applied_timestamp_ms = ?4",
-            )?,
-        })
+            ),
+        }
     }
 
     pub(super) fn save_position(&mut self, cluster_id: u64, last: &LogEntry) -> rusqlite::Result<()> {
         // SQLite's integers have a sign; the bits are the same.
         let columns = [cluster_id, last.index, last.term, last.timestamp_ms].map(|column| column as i64);
-        self.put_position.execute(columns).map(drop)
+        self.put_position.get()?.execute(columns).map(drop)
     }
 }
