@@ -90,3 +90,26 @@ pub fn copy_pages(database: &Path, to: &Path, is_wanted: impl Fn() -> bool) -> R
     drop(backup);
     Ok(position)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::apply::{Applier, ApplySettings};
+
+    #[test]
+    fn a_copy_keeps_the_rowids_of_tables_without_a_key_of_their_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let (database, to) = (directory.path().join("resqlite.db"), directory.path().join("copy"));
+        let applier = Applier::open(&database, ApplySettings::default()).unwrap();
+        let writer = Connection::open(&database).unwrap();
+        writer
+            .execute_batch("CREATE TABLE t(a); INSERT INTO t VALUES (1), (2), (3); DELETE FROM t WHERE a < 3")
+            .unwrap();
+        copy_pages(&database, &to, || true).unwrap();
+        let rowid = |path: &Path| -> i64 {
+            Connection::open(path).unwrap().query_row("SELECT rowid FROM t", [], |row| row.get(0)).unwrap()
+        };
+        assert_eq!((rowid(&database), rowid(&to)), (3, 3));
+        drop((applier, writer));
+    }
+}
