@@ -13,6 +13,7 @@
 //! ```
 
 pub mod arguments;
+pub mod attach;
 pub mod callers;
 pub mod compaction;
 pub mod convert;

@@ -36,6 +36,7 @@ use tokio_stream::{
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
+    attach::{self, Otherwise, Place},
     convert::entry_to_wire,
     driver::{DriverHandle, Input, Progress},
     metrics::Metrics,
@@ -287,39 +288,36 @@ impl LocalLogParts {
                 applied.index, base.index
             )));
         }
-        // An onlooker has applied nothing: it only says where to begin.
+        if !attach.exclusive {
+            // An onlooker has applied nothing: it only says where to begin.
+            return Ok(());
+        }
         let term = self.reader.term(applied.index).map_err(unreadable)?;
-        let is_in_log = term == Some(applied.term);
         let was_taken = self.snapshots.taken() == Some(applied);
-        if !attach.exclusive || (is_in_log && !was_taken) {
-            return Ok(());
-        }
-        // What a state machine has applied is committed, so a log that ends before it, or holds what was never
-        // committed in its place, begins anew after it. That is how a snapshot is installed. One that ends within the
-        // log says at least what is committed: the leader sends nothing else, and waits to hear that it is there.
-        if (term.is_none() || was_taken) && self.install(applied).await? == SnapshotOutcome::Installed {
-            return Ok(());
-        }
-        if is_in_log {
-            return Ok(());
+        match attach::place(applied, base.index, term, was_taken) {
+            Place::InLog => return Ok(()),
+            Place::Install if self.install(applied).await? == SnapshotOutcome::Installed => return Ok(()),
+            // What is discarded was refused above.
+            Place::Install | Place::Conflict | Place::Discarded => {}
         }
         let now = *self.progress.borrow();
-        if term.is_none() && now.leader == Some(self.node_id) {
-            return Err(Status::failed_precondition(format!(
+        match attach::without_install(applied, term, now.commit_index, now.leader, self.node_id) {
+            Otherwise::Follow => Ok(()),
+            Otherwise::LogLost => Err(Status::failed_precondition(format!(
                 "the database has applied index {}, but this node leads, and its log ends before that: the log was \
                  lost and begun anew. Keep a copy of the database, empty both data directories on every node, and \
                  restore the copy as a backup",
                 applied.index
-            )));
+            ))),
+            Otherwise::Wait => {
+                Err(Status::unavailable("it is not known yet what is committed; attach again"))
+            }
+            Otherwise::Foreign => Err(Status::failed_precondition(format!(
+                "the database has applied index {} of term {}, but the log holds term {term:?} there: \
+                 they do not belong together",
+                applied.index, applied.term
+            ))),
         }
-        if applied.index > now.commit_index {
-            return Err(Status::unavailable("it is not known yet what is committed; attach again"));
-        }
-        Err(Status::failed_precondition(format!(
-            "the database has applied index {} of term {}, but the log holds term {term:?} there: \
-             they do not belong together",
-            applied.index, applied.term
-        )))
     }
 
     /// The log begins anew after a position.

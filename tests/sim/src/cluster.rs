@@ -18,7 +18,7 @@ use resqlite::api::PeerMessage;
 use crate::{
     clients::Client,
     disk::Disk,
-    faults::{self, Fault, Moment, Victim},
+    faults::{self, Fault, Moment, Strikes, Victim},
     machine::{Hash, Machine},
     model::Model,
     options::{Defect, Options},
@@ -115,10 +115,16 @@ pub(crate) struct Host {
     pub(crate) armed: Option<Armed>,
     pub(crate) paused_until: u64,
     pub(crate) sync_ms: u64,
+    /// Its database's disk fails, or will: because it is full, or because it is broken.
+    pub(crate) database_fails_full: Option<bool>,
     /// A bit on its disk has changed.
     pub(crate) rotten: bool,
     /// It refuses to start, as it must.
     pub(crate) refuses: bool,
+    /// Its disk was lost, and it does not count again yet.
+    pub(crate) lost: bool,
+    /// It has counted once.
+    pub(crate) has_counted: bool,
     clock_ms: i64,
     clock_since: u64,
     clock_per_mille: u64,
@@ -138,8 +144,11 @@ impl Host {
             armed: None,
             paused_until: 0,
             sync_ms: 3,
+            database_fails_full: None,
             rotten: false,
             refuses: false,
+            lost: false,
+            has_counted: false,
             clock_ms: START_MS + random.below(2_000) as i64,
             clock_since: 0,
             clock_per_mille: random.between(950, 1_050),
@@ -193,6 +202,8 @@ pub struct Figures {
     pub comparisons: u64,
     /// Nodes that found damage and refused to go on.
     pub refusals: u64,
+    /// How often each kind of fault struck.
+    pub strikes: Strikes,
     /// Events that were carried out.
     pub events: u64,
     /// Simulated time.
@@ -241,6 +252,8 @@ pub(crate) struct Limits {
     pub(crate) tail_bytes: usize,
     pub(crate) tail_entries: u64,
     pub(crate) apply_bytes: usize,
+    /// How long a state machine lets entries gather, at most.
+    pub(crate) apply_delay_ms: u64,
 }
 
 impl Cluster {
@@ -258,7 +271,9 @@ impl Cluster {
             tail_bytes: random.pick(&[1, 2_000, 1 << 20]),
             tail_entries: random.pick(&[3, 30, 150]),
             apply_bytes: random.pick(&[1_000, 5_000, 1 << 20]),
+            apply_delay_ms: random.pick(&[8, 30, 60]),
         };
+        let clients = random.pick(&[12, 24, 36]);
         let hosts = (1..=count).map(|id| (id, Host::new(id, directory, &mut random))).collect();
         let mut cluster = Self {
             random,
@@ -270,7 +285,7 @@ impl Cluster {
             calm,
             weather: calm,
             cuts: Vec::new(),
-            clients: (0..12).map(Client::new).collect(),
+            clients: (0..clients).map(Client::new).collect(),
             limits,
             oracle: Oracle::default(),
             model: Model::default(),
@@ -376,7 +391,7 @@ impl Cluster {
             Event::CutEnds(number) => self.cuts.retain(|(cut, ..)| *cut != number),
             Event::WeatherEnds => self.weather = self.calm,
             Event::FastDisk(id) => self.host(id).sync_ms = 3,
-            Event::SqlDiskHeals(id) => self.host(id).machine.heal(),
+            Event::SqlDiskHeals(id) => self.heal_database_disk(id),
         }
     }
 

@@ -42,6 +42,14 @@ pub struct Disk {
     is_new: bool,
 }
 
+/// What a crash took with it that was written and not synced.
+pub struct Lost {
+    /// Changes to the log.
+    pub log: bool,
+    /// Sectors of the hard-state file.
+    pub hard_state: bool,
+}
+
 /// The content of the hard-state file.
 #[derive(Clone, Default)]
 struct Sectors {
@@ -87,21 +95,22 @@ impl Disk {
         *lock(&self.failure) = Failure::default();
     }
 
-    /// Something fails, or will.
-    pub fn is_failing(&self) -> bool {
-        lock(&self.failure).after.is_some()
+    /// What fails, if anything does or will.
+    pub fn failing(&self) -> Option<i32> {
+        let failure = lock(&self.failure);
+        failure.after.map(|_| failure.errno)
     }
 
     /// The process is gone, and with a power cut also what the operating system had not written yet.
-    pub fn lose_unsynced(&mut self, power_cut: bool, random: &mut Random) {
+    pub fn lose_unsynced(&mut self, power_cut: bool, random: &mut Random) -> Lost {
         *lock(&self.failure) = Failure::default();
-        let survivors = random.below(self.log.unsynced() as u64 + 1) as usize;
+        let unsynced = self.log.unsynced();
+        let survivors = random.below(unsynced as u64 + 1) as usize;
         self.log = Arc::new(self.log.after_power_cut(survivors));
         let mut file = lock(&self.file).clone();
-        if power_cut {
-            file.tear(random);
-        }
+        let hard_state = power_cut && file.tear(random);
         self.file = Arc::new(Mutex::new(file));
+        Lost { log: survivors < unsynced, hard_state }
     }
 
     /// Changes one bit of a record that lies on the disk. False: there is none.
@@ -111,17 +120,19 @@ impl Disk {
         self.log.flip_bit(*key, random.below(1 << 20) as usize)
     }
 
-    /// Changes one bit of one of the two copies of the hard state, or of the note.
-    pub fn rot_hard_state(&self, random: &mut Random) {
+    /// Changes one bit of one of the two copies of the hard state, or of the note. False: there is no file.
+    pub fn rot_hard_state(&self, random: &mut Random) -> bool {
         let mut file = lock(&self.file);
         let at = random.below(file.current.len() as u64) as usize;
         let mask = 1 << random.below(8);
         if let Some(byte) = file.current.get_mut(at) {
             *byte ^= mask;
         }
+        let is_there = at < file.current.len();
         if let Some(byte) = file.durable.get_mut(at) {
             *byte ^= mask;
         }
+        is_there
     }
 }
 
@@ -132,15 +143,21 @@ impl Default for Disk {
 }
 
 impl Sectors {
-    /// Each sector that was not synced is as it was, or as it was to be.
-    fn tear(&mut self, random: &mut Random) {
+    /// Each sector that was not synced is as it was, or as it was to be. True: one is as it was.
+    fn tear(&mut self, random: &mut Random) -> bool {
+        let mut torn = false;
         self.durable.resize(self.current.len(), 0);
         for (old, new) in self.durable.chunks_mut(SECTOR_BYTES).zip(self.current.chunks(SECTOR_BYTES)) {
-            if old != new && random.chance(500) {
-                old.copy_from_slice(new);
+            if old != new {
+                let survives = random.chance(500);
+                torn |= !survives;
+                if survives {
+                    old.copy_from_slice(new);
+                }
             }
         }
         self.current.clone_from(&self.durable);
+        torn
     }
 }
 

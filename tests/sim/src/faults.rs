@@ -39,6 +39,150 @@ pub enum Victim {
     Power,
 }
 
+/// What a fault comes to when it strikes: each is counted, so that a run tells which of them it has not tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// raftd was killed.
+    RaftdKilled,
+    /// sqlited was killed.
+    SqlitedKilled,
+    /// Both were killed.
+    BothKilled,
+    /// A host lost its power.
+    PowerCut,
+    /// A crash within the log writer's work.
+    DiedWhileWriting,
+    /// A crash after a write was durable, before the node knew.
+    DiedWhenDurable,
+    /// A crash before anybody was told what is durable.
+    DiedWhenPersisted,
+    /// A crash just after a vote had left.
+    DiedWhenVoted,
+    /// A crash after entries were applied, before anybody was answered.
+    DiedWhenApplied,
+    /// A crash between a snapshot's installation and the log's new start.
+    DiedWhenInstalled,
+    /// Changes to the log that were not synced are gone.
+    LogTorn,
+    /// A part of what was written to the hard-state file is gone.
+    HardStateTorn,
+    /// A part of SQLite's write-ahead log is gone.
+    WalTorn,
+    /// A clean stop.
+    Stop,
+    /// Processes that stand still.
+    Pause,
+    /// A partition.
+    Partition,
+    /// A partition of one direction.
+    OneWayPartition,
+    /// One link, in one direction.
+    LinkCut,
+    /// Loss, repetition and delay.
+    Weather,
+    /// A broken stream.
+    BrokenStream,
+    /// A clock that jumped back.
+    ClockBackward,
+    /// A clock that jumped forward.
+    ClockForward,
+    /// A clock that runs at another speed.
+    Drift,
+    /// An error of the log's disk that ended raftd.
+    LogDiskError,
+    /// The log's disk was full, which ended raftd.
+    LogDiskFull,
+    /// Slow syncs.
+    SlowDisk,
+    /// An error of the database's disk.
+    DatabaseDiskError,
+    /// The database's disk was full.
+    DatabaseDiskFull,
+    /// A changed bit in the log.
+    RotInLog,
+    /// A changed bit in the hard-state file.
+    RotInHardState,
+    /// The log's disk was lost.
+    LostLogDisk,
+    /// The disk of log and database was lost.
+    LostDiskOfBoth,
+    /// A request to hand leadership over.
+    Transfer,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Self; 33] = [
+        Self::RaftdKilled,
+        Self::SqlitedKilled,
+        Self::BothKilled,
+        Self::PowerCut,
+        Self::DiedWhileWriting,
+        Self::DiedWhenDurable,
+        Self::DiedWhenPersisted,
+        Self::DiedWhenVoted,
+        Self::DiedWhenApplied,
+        Self::DiedWhenInstalled,
+        Self::LogTorn,
+        Self::HardStateTorn,
+        Self::WalTorn,
+        Self::Stop,
+        Self::Pause,
+        Self::Partition,
+        Self::OneWayPartition,
+        Self::LinkCut,
+        Self::Weather,
+        Self::BrokenStream,
+        Self::ClockBackward,
+        Self::ClockForward,
+        Self::Drift,
+        Self::LogDiskError,
+        Self::LogDiskFull,
+        Self::SlowDisk,
+        Self::DatabaseDiskError,
+        Self::DatabaseDiskFull,
+        Self::RotInLog,
+        Self::RotInHardState,
+        Self::LostLogDisk,
+        Self::LostDiskOfBoth,
+        Self::Transfer,
+    ];
+}
+
+/// How often each kind of fault struck.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Strikes([u64; Kind::ALL.len()]);
+
+impl Default for Strikes {
+    fn default() -> Self {
+        Self([0; Kind::ALL.len()])
+    }
+}
+
+impl Strikes {
+    /// One more.
+    pub fn count(&mut self, kind: Kind) {
+        self.0[kind as usize] += 1;
+    }
+
+    /// Adds another history's.
+    pub fn add(&mut self, other: &Self) {
+        for (sum, more) in self.0.iter_mut().zip(other.0) {
+            *sum += more;
+        }
+    }
+
+    /// Every kind, and how often it struck.
+    pub fn each(&self) -> impl Iterator<Item = (Kind, u64)> {
+        Kind::ALL.into_iter().zip(self.0)
+    }
+
+    /// What was never tried.
+    pub fn missing(&self) -> Vec<Kind> {
+        self.each().filter(|(_, times)| *times == 0).map(|(kind, _)| kind).collect()
+    }
+}
+
 /// One thing that goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -157,6 +301,15 @@ pub enum Fault {
         /// How long until the power cut.
         until_ms: u64,
     },
+    /// A disk is lost with all that is on it, and replaced by an empty one; also that of a node that refuses to start.
+    LostDisk {
+        /// Whose.
+        host: NodeId,
+        /// The database lay on it as well as the log.
+        with_database: bool,
+        /// How long until the host is back.
+        down_ms: u64,
+    },
     /// Somebody asks the leader to hand over.
     Transfer {
         /// Who is asked.
@@ -208,10 +361,11 @@ fn one(random: &mut Random, hosts: u64, rotting: u64) -> Fault {
         76..83 => Fault::LogDisk { host, after, full, down_ms },
         83..86 => Fault::SlowDisk { host, sync_ms: random.between(5, 150), for_ms },
         86..91 => Fault::SqlDisk { host, after: after as u32, full, for_ms },
-        91..95 if rotting > 0 => {
+        91..94 if rotting > 0 => {
             let host = random.between(1, rotting);
             Fault::Rot { host, in_log: random.chance(300), until_ms: random.below(300) }
         }
+        94..98 => Fault::LostDisk { host, with_database: random.chance(700), down_ms },
         _ => Fault::Transfer { host },
     }
 }

@@ -3,9 +3,9 @@
 use raft::NodeId;
 
 use crate::{
-    cluster::{Armed, Cluster, Event, Weather},
-    disk,
-    faults::{Fault, Moment, Victim},
+    cluster::{Armed, Cluster, Event, Host, Weather},
+    disk::{self, Disk},
+    faults::{Fault, Kind, Moment, Victim},
 };
 
 impl Cluster {
@@ -24,6 +24,9 @@ impl Cluster {
 
     fn inject(&mut self, number: u64, fault: Fault) {
         let now = self.now;
+        if let Some(kind) = at_once(fault) {
+            self.strikes(kind);
+        }
         match fault {
             Fault::Crash { host, victim, moment: Moment::Now, down_ms } => self.crash(host, victim, down_ms),
             Fault::Crash { host, victim, moment, down_ms } => {
@@ -66,10 +69,12 @@ impl Cluster {
             Fault::SqlDisk { host, after, full, for_ms } => {
                 if self.hosts[&host].machine.is_open() {
                     self.host(host).machine.fail_after(after, full);
+                    self.host(host).database_fails_full = Some(full);
                     self.after(for_ms, Event::SqlDiskHeals(host));
                 }
             }
             Fault::Rot { host, in_log, until_ms } => self.rot(host, in_log, until_ms),
+            Fault::LostDisk { host, with_database, down_ms } => self.lose_disk(host, with_database, down_ms),
             Fault::Transfer { host } => self.with_node(host, |node| {
                 // Refused where nobody leads or nobody can follow.
                 let _ = node.transfer_leadership(None);
@@ -92,22 +97,61 @@ impl Cluster {
         self.after(for_ms, Event::CutEnds(number));
     }
 
+    /// Whether a minority has lost what it promised, this host included. More cannot be lost without loss.
+    fn may_lose(&self, id: NodeId) -> bool {
+        let is_lost = |host: &&Host| host.id == id || host.rotten || host.lost;
+        // Before every member has counted, the first start needs them all.
+        self.hosts.values().all(|host| host.has_counted)
+            && 2 * self.hosts.values().filter(is_lost).count() < self.hosts.len()
+    }
+
+    fn lose_disk(&mut self, id: NodeId, with_database: bool, down_ms: u64) {
+        if !self.may_lose(id) {
+            return;
+        }
+        self.strikes(if with_database { Kind::LostDiskOfBoth } else { Kind::LostLogDisk });
+        self.kill_raftd(id, true);
+        self.note("loses its disk", id, with_database.into());
+        let host = self.host(id);
+        host.armed = None;
+        host.disk = Disk::new();
+        (host.lost, host.rotten, host.refuses) = (true, false, false);
+        if with_database {
+            self.kill_sqlited(id, true);
+            self.host(id).machine.lose();
+        }
+        self.come_back(id, Victim::Both, down_ms);
+    }
+
     fn rot(&mut self, id: NodeId, in_log: bool, until_ms: u64) {
+        if !self.may_lose(id) {
+            return;
+        }
         let Self { hosts, random, .. } = self;
         let host = hosts.get_mut(&id).expect("every id is a host's");
-        host.rotten = true;
-        if in_log {
-            host.disk.rot_log(random);
-        } else {
-            host.disk.rot_hard_state(random);
+        let rotted = if in_log { host.disk.rot_log(random) } else { host.disk.rot_hard_state(random) };
+        host.rotten |= rotted;
+        if rotted {
+            self.strikes(if in_log { Kind::RotInLog } else { Kind::RotInHardState });
         }
         self.after(until_ms, Event::PowerCut(id));
+    }
+
+    /// Something of this kind has happened.
+    pub(crate) fn strikes(&mut self, kind: Kind) {
+        self.figures.strikes.count(kind);
     }
 
     /// The processes of a host are gone, and come back.
     pub(crate) fn crash(&mut self, id: NodeId, victim: Victim, down_ms: u64) {
         let power_cut = victim == Victim::Power;
         self.host(id).armed = None;
+        self.strikes(match victim {
+            Victim::Raftd => Kind::RaftdKilled,
+            Victim::Sqlited => Kind::SqlitedKilled,
+            Victim::Both => Kind::BothKilled,
+            Victim::Power => Kind::PowerCut,
+        });
         if victim != Victim::Sqlited {
             self.kill_raftd(id, power_cut);
         }
@@ -129,9 +173,24 @@ impl Cluster {
         }
     }
 
+    pub(crate) fn heal_database_disk(&mut self, id: NodeId) {
+        let host = self.host(id);
+        host.database_fails_full = None;
+        host.machine.heal();
+    }
+
     /// Whether a crash was waiting for this moment; then it has happened.
     pub(crate) fn dies_at(&mut self, id: NodeId, moment: Moment) -> bool {
         let Some(armed) = self.host(id).armed.take_if(|armed| armed.moment == moment) else { return false };
+        match moment {
+            // Others are counted where they are found.
+            Moment::Now | Moment::WhileWriting(_) => {}
+            Moment::Durable => self.strikes(Kind::DiedWhenDurable),
+            Moment::Persisted => self.strikes(Kind::DiedWhenPersisted),
+            Moment::Voted => self.strikes(Kind::DiedWhenVoted),
+            Moment::Applied => self.strikes(Kind::DiedWhenApplied),
+            Moment::Installed => self.strikes(Kind::DiedWhenInstalled),
+        }
         self.crash(id, armed.victim, armed.down_ms);
         true
     }
@@ -150,10 +209,33 @@ impl Cluster {
             host.paused_until = now;
             host.sync_ms = 3;
             host.set_clock(now, 0, Some(1_000));
-            host.machine.heal();
             host.disk.heal();
+            self.heal_database_disk(id);
             self.start_raftd(id);
             self.start_sqlited(id);
         }
     }
+}
+
+/// What a fault comes to as soon as it is injected; the others are counted where they strike.
+fn at_once(fault: Fault) -> Option<Kind> {
+    Some(match fault {
+        Fault::Stop { .. } => Kind::Stop,
+        Fault::Pause { .. } => Kind::Pause,
+        Fault::Partition { one_way: false, .. } => Kind::Partition,
+        Fault::Partition { one_way: true, .. } => Kind::OneWayPartition,
+        Fault::Cut { .. } => Kind::LinkCut,
+        Fault::Weather { .. } => Kind::Weather,
+        Fault::BrokenStream { .. } => Kind::BrokenStream,
+        Fault::Clock { jump_ms: ..0, .. } => Kind::ClockBackward,
+        Fault::Clock { .. } => Kind::ClockForward,
+        Fault::Drift { .. } => Kind::Drift,
+        Fault::SlowDisk { .. } => Kind::SlowDisk,
+        Fault::Transfer { .. } => Kind::Transfer,
+        Fault::Crash { .. }
+        | Fault::LogDisk { .. }
+        | Fault::SqlDisk { .. }
+        | Fault::Rot { .. }
+        | Fault::LostDisk { .. } => return None,
+    })
 }

@@ -25,5 +25,6 @@ mod sqlited_process;
 mod workload;
 
 pub use cluster::{Figures, PROGRESS_WITHIN_MS};
+pub use faults::{Kind, Strikes};
 pub use options::{Defect, Options};
 pub use runner::{Failure, Summary, run, run_many, shrink};

@@ -136,22 +136,23 @@ impl Machine {
     }
 
     /// Kills it, with the power or without.
-    pub fn kill(&mut self, power_cut: bool, random: &mut Random) {
+    /// True: what was not synced has suffered.
+    pub fn kill(&mut self, power_cut: bool, random: &mut Random) -> bool {
         if let Some(Open { applier, reader }) = self.open.take() {
             drop(reader);
             // Closing writes the log back, which a killed process does not do: so it may write nothing any more.
             applier.files().fail_after(0, ffi::SQLITE_IOERR_WRITE);
             drop(applier);
         }
-        if power_cut && self.settings.checkpoint_pages == NO_CHECKPOINTS {
-            self.tear_wal(random).expect("the simulation's own files can be changed");
-        }
+        power_cut
+            && self.settings.checkpoint_pages == NO_CHECKPOINTS
+            && self.tear_wal(random).expect("the simulation's own files can be changed")
     }
 
     /// Of what was not synced a part is gone, and another damaged.
-    fn tear_wal(&mut self, random: &mut Random) -> io::Result<()> {
+    fn tear_wal(&mut self, random: &mut Random) -> io::Result<bool> {
         let wal = match File::options().read(true).write(true).open(self.wal()) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             opened => opened?,
         };
         let unsynced = wal.metadata()?.len().saturating_sub(self.durable_wal_bytes);
@@ -163,7 +164,7 @@ impl Machine {
             wal.read_exact_at(&mut byte, at)?;
             wal.write_all_at(&[byte[0] ^ 0x55], at)?;
         }
-        Ok(())
+        Ok(unsynced > 0)
     }
 
     /// A copy of one consistent view: nothing else runs while its pages are copied.
@@ -181,6 +182,15 @@ impl Machine {
         write(&self.path(), &snapshot.database);
         write(&self.wal(), &snapshot.wal);
         self.durable_wal_bytes = snapshot.wal.len() as u64;
+        let old = old.parent().expect("the database lies in a directory of its generation");
+        fs::remove_dir_all(old).expect("the old generation can be removed");
+    }
+
+    /// Its disk is gone, and another one is empty.
+    pub fn lose(&mut self) {
+        assert!(self.open.is_none(), "a running state machine keeps its disk");
+        let old = self.path();
+        self.begin_generation();
         let old = old.parent().expect("the database lies in a directory of its generation");
         fs::remove_dir_all(old).expect("the old generation can be removed");
     }

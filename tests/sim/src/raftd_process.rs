@@ -9,7 +9,8 @@ use std::{
 };
 
 use raft::{
-    Index, Log, LogError, Message, Node, NodeId, Options, Position, ProposalResult, Ready, Role, StepError,
+    Index, Log, LogError, Message, Node, NodeId, Options, Position, ProposalResult, Ready, Role, Standing,
+    StepError,
 };
 use raftd::{
     compaction::Compaction,
@@ -18,7 +19,8 @@ use raftd::{
 
 use crate::{
     cluster::{CLUSTER_ID, Cluster, ELECTION_TICKS, Event},
-    faults::{Moment, Victim},
+    disk,
+    faults::{Kind, Moment, Victim},
     options::Defect,
 };
 
@@ -67,7 +69,7 @@ impl Cluster {
         };
         let mut store = match Store::open_on(&store_options, media) {
             Ok(store) => store,
-            Err(_) if host.disk.is_failing() => {
+            Err(_) if host.disk.failing().is_some() => {
                 // The disk fails the start itself; the service manager tries again.
                 self.kill_raftd(id, false);
                 return self.after(20, Event::StartRaftd(id));
@@ -131,7 +133,13 @@ impl Cluster {
         let host = hosts.get_mut(&id).expect("every id is a host's");
         let ran = host.raftd.take().is_some();
         host.attached = false;
-        host.disk.lose_unsynced(power_cut, random);
+        let lost = host.disk.lose_unsynced(power_cut, random);
+        if lost.log {
+            self.strikes(Kind::LogTorn);
+        }
+        if lost.hard_state {
+            self.strikes(Kind::HardStateTorn);
+        }
         if ran {
             self.note("raftd is gone", id, power_cut.into());
             if self.random.chance(700) {
@@ -291,10 +299,19 @@ impl Cluster {
         if self.dies_at(id, Moment::Persisted) {
             return;
         }
-        let Some(raftd) = &mut self.host(id).raftd else { return };
+        let host = self.host(id);
+        let Some(raftd) = &mut host.raftd else { return };
         let mut messages = Vec::new();
         while raftd.unpersisted.front().is_some_and(|(waiting, _)| *waiting <= number) {
             messages.extend(raftd.unpersisted.pop_front().into_iter().flat_map(|(_, messages)| messages));
+        }
+        let is_not_known_to_count = !host.has_counted || host.lost;
+        if is_not_known_to_count
+            && raftd.unpersisted.is_empty()
+            && raftd.node.status().standing == Standing::Voter
+        {
+            // All that the core knows of itself is durable.
+            (host.has_counted, host.lost) = (true, false);
         }
         let has_voted = std::mem::take(&mut raftd.votes_for_another);
         self.send(messages);
@@ -308,10 +325,18 @@ impl Cluster {
     fn log_disk_failed(&mut self, id: NodeId, error: &StoreError) {
         let armed = self.host(id).armed.take_if(|armed| matches!(armed.moment, Moment::WhileWriting(_)));
         match armed {
-            Some(armed) => self.crash(id, armed.victim, armed.down_ms),
+            Some(armed) => {
+                self.strikes(Kind::DiedWhileWriting);
+                self.crash(id, armed.victim, armed.down_ms);
+            }
             None => {
-                let (failing, rotten) = (self.hosts[&id].disk.is_failing(), self.hosts[&id].rotten);
-                assert!(failing || rotten, "node {id} stops: {error}");
+                let (failing, rotten) = (self.hosts[&id].disk.failing(), self.hosts[&id].rotten);
+                assert!(failing.is_some() || rotten, "node {id} stops: {error}");
+                match failing {
+                    Some(disk::ENOSPC) => self.strikes(Kind::LogDiskFull),
+                    Some(_) => self.strikes(Kind::LogDiskError),
+                    None => {}
+                }
                 let down_ms = self.random.between(10, 200);
                 self.crash(id, Victim::Raftd, down_ms);
             }

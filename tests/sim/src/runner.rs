@@ -51,6 +51,13 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Figures { operations, faults, entries, elections, duplicates, .. } = self.total;
         let Figures { starts, snapshots, comparisons, refusals, simulated_ms, .. } = self.total;
+        let struck: Vec<String> =
+            self.total.strikes.each().map(|(kind, times)| format!("{kind:?} {times}")).collect();
+        writeln!(f, "faults by kind: {}", struck.join(", "))?;
+        let missing = self.total.strikes.missing();
+        if !missing.is_empty() {
+            writeln!(f, "NEVER TRIED: {missing:?}")?;
+        }
         write!(
             f,
             "{} histories, {} violations; {operations} operations, {faults} faults, {entries} entries, {elections} \
@@ -79,6 +86,7 @@ impl Figures {
             (&mut self.events, other.events),
             (&mut self.simulated_ms, other.simulated_ms),
         ];
+        self.strikes.add(&other.strikes);
         for (sum, figure) in pairs {
             *sum += figure;
         }

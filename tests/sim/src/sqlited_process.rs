@@ -1,12 +1,16 @@
 //! One sqlited: attaches to the log, applies what is committed and durable, answers, and makes durable what it applied.
 
 use raft::{Index, Log, NodeId, Position, SnapshotOutcome};
-use raftd::{convert, store::ReadError};
+use raftd::{
+    attach::{self, Otherwise, Place},
+    convert,
+    store::ReadError,
+};
 use resqlite::api::LogEntry;
 
 use crate::{
     cluster::{CLUSTER_ID, Cluster, Event},
-    faults::Moment,
+    faults::{Kind, Moment},
     options::Defect,
 };
 
@@ -34,7 +38,9 @@ impl Cluster {
         let host = hosts.get_mut(&id).expect("every id is a host's");
         host.attached = false;
         if host.machine.is_open() {
-            host.machine.kill(power_cut, random);
+            if host.machine.kill(power_cut, random) {
+                self.strikes(Kind::WalTorn);
+            }
             self.note("sqlited is gone", id, power_cut.into());
         }
     }
@@ -45,7 +51,7 @@ impl Cluster {
         host.machine.stop();
     }
 
-    /// The state machine says what it holds, and the log whether that belongs together: the rules of raftd's socket.
+    /// The state machine says what it holds, and the log whether that belongs together, by the daemon's own rules.
     pub(crate) fn attach(&mut self, id: NodeId) {
         let host = self.host(id);
         if host.attached || !host.machine.is_open() {
@@ -58,30 +64,34 @@ impl Cluster {
             term: position.applied_term,
             timestamp_ms: position.applied_timestamp_ms,
         };
-        let base = raftd.reader.base().expect("the window is in memory");
-        assert!(
-            applied.index >= base.index,
-            "node {id} has discarded its log up to {}, but its database holds only {}",
-            base.index,
-            applied.index
-        );
+        let base = raftd.reader.base().expect("the window is in memory").index;
         let term = raftd.reader.term(applied.index).expect("the window is in memory");
-        if term == Some(applied.term) {
-            return self.attached(id);
+        match attach::place(applied, base, term, raftd.taken == Some(applied)) {
+            Place::InLog => return self.attached(id),
+            Place::Discarded => panic!(
+                "node {id} has discarded its log up to {base}, but its database holds only {}",
+                applied.index
+            ),
+            Place::Install => {
+                let outcome = raftd.node.install_snapshot(applied).expect("the window is in memory");
+                self.with_node(id, |_| {});
+                if outcome == SnapshotOutcome::Installed {
+                    return self.attached(id);
+                }
+            }
+            Place::Conflict => {}
         }
-        if term.is_none() || raftd.taken == Some(applied) {
-            let outcome = raftd.node.install_snapshot(applied).expect("the window is in memory");
-            self.with_node(id, |_| {});
-            if outcome == SnapshotOutcome::Installed {
-                return self.attached(id);
+        let Some(raftd) = &self.host(id).raftd else { return };
+        let leader = raftd.node.leader();
+        match attach::without_install(applied, term, raftd.commit_index, leader, id) {
+            Otherwise::Follow => self.attached(id),
+            Otherwise::Wait => self.after(20, Event::Attach(id)),
+            refusal @ (Otherwise::LogLost | Otherwise::Foreign) => {
+                panic!(
+                    "node {id} has applied {applied:?}, but its log holds term {term:?} there: {refusal:?}"
+                )
             }
         }
-        let Some(raftd) = &mut self.host(id).raftd else { return };
-        assert!(
-            applied.index > raftd.commit_index,
-            "node {id} has applied {applied:?}, but its log holds term {term:?} there"
-        );
-        self.after(20, Event::Attach(id));
     }
 
     fn attached(&mut self, id: NodeId) {
@@ -99,7 +109,7 @@ impl Cluster {
         if raftd.deliverable_index > host.machine.position().applied_index {
             host.apply_due = true;
             let life = host.sqlited_life;
-            let delay_ms = self.random.below(8);
+            let delay_ms = self.random.below(self.limits.apply_delay_ms);
             self.after(delay_ms, Event::Apply(id, life));
         }
     }
@@ -129,15 +139,24 @@ impl Cluster {
         match result {
             Ok(()) => self.apply_soon(id),
             Err(error) if error.is_retryable() => {
+                self.database_disk_failed(id);
                 let host = self.host(id);
                 host.apply_due = true;
                 self.after(15, Event::Apply(id, life));
             }
             // What this process holds in memory is not to be trusted any more.
             Err(_) => {
+                self.database_disk_failed(id);
                 self.kill_sqlited(id, false);
                 self.after(30, Event::StartSqlited(id));
             }
+        }
+    }
+
+    fn database_disk_failed(&mut self, id: NodeId) {
+        // Counted once, however often it is tried again.
+        if let Some(full) = self.host(id).database_fails_full.take() {
+            self.strikes(if full { Kind::DatabaseDiskFull } else { Kind::DatabaseDiskError });
         }
     }
 

@@ -55,6 +55,9 @@ fn every_promise_is_kept_under_faults() {
     let Summary { histories, total, .. } = summary;
     assert!(total.operations >= histories * 900, "{total:?}");
     assert!(total.faults >= histories * 49, "{total:?}");
+    if histories >= 1_000 {
+        assert_eq!(total.strikes.missing(), [], "a kind of fault was never tried");
+    }
     for (what, figure) in [
         ("elections", total.elections),
         ("snapshots", total.snapshots),
