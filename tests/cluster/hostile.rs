@@ -208,15 +208,15 @@ async fn ten_thousand_idle_connections_keep_nobody_out() {
     })
     .await;
     assert_eq!(streams.len(), 10_000);
-    // Each was taken, and most have given way since: to others, or, having said nothing, to time.
-    eventually("all but a bounded number are closed again", || async {
+    // Those who said nothing give way first: to others, or, where all of this takes longer, to time.
+    eventually("the silent ones are closed again", || async {
         let open = cluster.metric(0, Daemon::Sqlited, "resqlite_sql_connections").await;
         assert!(open <= 4_096.0, "{open} connections");
         let mut closed = 0.0;
         for limit in ["connections", "first_bytes_seconds"] {
             closed += cluster.metric(0, Daemon::Sqlited, &refused(limit)).await;
         }
-        (open + closed >= 10_000.0).then_some(())
+        (closed >= 5_000.0).then_some(())
     })
     .await;
     // All of one address: it takes away from its own only.
@@ -252,10 +252,13 @@ async fn a_flood_at_the_raft_port_takes_no_peer_its_connection() {
                 let _ = stream.write_all(PREFACE).await;
                 idle.push(stream);
             }
-            let open = cluster.metric(node, Daemon::Raftd, "resqlite_raft_connections").await;
-            assert!(open <= 512.0, "{open} connections");
             let series = "resqlite_raft_connections_refused_total{limit=\"connections\"}";
-            assert!(cluster.metric(node, Daemon::Raftd, series).await >= 100.0);
+            eventually("the raft port has its limit", || async {
+                let open = cluster.metric(node, Daemon::Raftd, "resqlite_raft_connections").await;
+                assert!(open <= 512.0, "{open} connections");
+                (cluster.metric(node, Daemon::Raftd, series).await >= 100.0).then_some(())
+            })
+            .await;
         }
     })
     .await;
