@@ -119,8 +119,13 @@ pub enum RunError {
 impl RunError {
     /// The process's exit status: 78 when only the operator can help, else 1.
     pub fn exit_code(&self) -> u8 {
+        // Whether the log is found damaged at the start or while the node runs.
+        let store = match self {
+            Self::Store(error) => Some(error),
+            error => StoreError::among_the_causes(error),
+        };
         match self {
-            Self::Store(error) if error.is_configuration() => EXIT_CONFIG,
+            _ if store.is_some_and(StoreError::needs_operator) => EXIT_CONFIG,
             Self::Address { .. } | Self::Tls(_) | Self::Users(_) => EXIT_CONFIG,
             _ => 1,
         }
@@ -397,5 +402,36 @@ async fn report_status(mut progress: watch::Receiver<Progress>) -> Infallible {
         if progress.changed().await.is_err() {
             return std::future::pending().await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use raft::LogError;
+
+    use super::*;
+
+    #[test]
+    fn a_damaged_log_is_the_operators_business_wherever_it_is_found() {
+        let damaged = || StoreError::Damaged { file: "log".into(), index: Some(7), reason: "rotten".into() };
+        let read = || LogError::new(store::ReadError::Store(damaged()));
+        for error in [
+            RunError::Store(damaged()),
+            RunError::Driver(DriverError::Store(damaged())),
+            RunError::Driver(DriverError::Log(read())),
+            RunError::Driver(DriverError::Log(LogError::new(damaged()))),
+            RunError::Node(raft::NewError::Log(read())),
+        ] {
+            assert_eq!(error.exit_code(), EXIT_CONFIG, "{error:?}");
+            let said = error.to_string();
+            assert!(said.contains("log: damaged at index 7") && said.contains("node replace"), "{said}");
+        }
+        let full = || StoreError::Io {
+            path: "log".into(),
+            action: "write",
+            source: std::io::ErrorKind::StorageFull.into(),
+        };
+        assert_eq!(RunError::Driver(DriverError::Store(full())).exit_code(), 1, "it may pass");
+        assert_eq!(RunError::Store(full()).exit_code(), 1);
     }
 }

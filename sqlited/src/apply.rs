@@ -10,7 +10,7 @@ mod tables;
 use std::{
     fs::File,
     io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -24,7 +24,9 @@ use rusqlite::{Connection, InterruptHandle, ffi};
 use crate::{
     classify::Failure,
     connection::Writer,
+    database::DatabaseFile,
     execute::{self, Execution, Remedies, Savepoints, Stop},
+    page_sums::LoadError,
     restore::Staging,
     sessions::{Admission, ClientId, Sessions},
     soundness::{self, Damage},
@@ -117,8 +119,7 @@ pub struct Applier {
     durability: Durability,
     /// A transaction has failed, and what it left in memory is not taken back yet.
     in_disorder: bool,
-    /// The database's file.
-    path: PathBuf,
+    file: DatabaseFile,
     staging: Staging,
 }
 
@@ -150,18 +151,33 @@ struct Trouble {
 }
 
 impl Applier {
-    /// Opens or creates the database, and reads where it stands.
+    /// Opens or creates the database that lies there.
     pub fn open(path: &Path, settings: ApplySettings) -> Result<Self, ApplyError> {
+        let file = DatabaseFile::at(path)
+            .map_err(|error| ApplyError::Open { path: path.to_owned(), reason: error.to_string() })?;
+        Self::open_file(&file, settings)
+    }
+
+    /// Opens or creates a database, and reads where it stands.
+    pub fn open_file(file: &DatabaseFile, settings: ApplySettings) -> Result<Self, ApplyError> {
+        let path = file.path();
         let failed = |reason: String| ApplyError::Open { path: path.to_owned(), reason };
-        let sqlite = |error: rusqlite::Error| match soundness::is_damage(&error) {
-            true => ApplyError::Damaged(Damage {
+        let sqlite = |error: rusqlite::Error| match file.damage(None) {
+            Some(damage) => ApplyError::Damaged(damage),
+            None if soundness::is_damage(&error) => ApplyError::Damaged(Damage {
                 file: path.to_owned(),
                 applied_index: None,
                 reason: error.to_string(),
             }),
-            false => failed(error.to_string()),
+            None => failed(error.to_string()),
         };
-        let writer = Writer::open(path, settings.checkpoint_pages).map_err(sqlite)?;
+        file.sums().load().map_err(|error| match error {
+            LoadError::Damaged { file, reason } => {
+                ApplyError::Damaged(Damage { file, applied_index: None, reason })
+            }
+            error => failed(error.to_string()),
+        })?;
+        let writer = Writer::open(file, settings.checkpoint_pages).map_err(sqlite)?;
         let position = open_tables(&writer.connection).map_err(sqlite)?.map_err(failed)?;
         check_local_time(&writer.connection).map_err(sqlite)?.map_err(failed)?;
         let sessions = Sessions::load(&writer.connection).map_err(sqlite)?;
@@ -181,7 +197,7 @@ impl Applier {
             execution_version: version::execution_version(),
             durability: Durability { wal: Arc::new(wal), applied_index },
             in_disorder: false,
-            path: path.to_owned(),
+            file: file.clone(),
             staging,
         })
     }
@@ -236,10 +252,24 @@ impl Applier {
         left.map_err(|error| (Box::new(self), error))
     }
 
+    /// Closes the database for a stop. The last connection writes the log back, so that the file alone is all there is;
+    /// but not while an interrupt is pending, and the one that ended a running [`Self::apply`] pends until a
+    /// statement begins.
+    pub fn close(self) {
+        if let Err(error) = self.writer.connection.query_row("SELECT 1", [], |_| Ok(())) {
+            tracing::warn!(%error, "the write-ahead log stays beside the database");
+        }
+    }
+
     /// Interrupts a running [`Self::apply`] from another thread; it then ends with
     /// [`ApplyError::Environment`] and applies the entry again when it is called again.
     pub fn interrupt_handle(&self) -> InterruptHandle {
         self.writer.connection.get_interrupt_handle()
+    }
+
+    /// The database, for whoever reads it beside this.
+    pub fn file(&self) -> DatabaseFile {
+        self.file.clone()
     }
 
     /// The writer's clock and fault switches, for tests.

@@ -10,7 +10,7 @@ mod virtual_table;
 use std::{
     fs::{self, File},
     io,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
 };
 
@@ -27,6 +27,7 @@ use tonic::Status;
 use self::parts::PartWriter;
 use crate::{
     connection,
+    database::DatabaseFile,
     limits::CLIENT_STALL_MAX,
     snapshot::{self, CopyError, Shared, Users},
 };
@@ -45,7 +46,7 @@ pub type Responses = ReceiverStream<Result<BackupResponse, Status>>;
 /// Makes backups of one database, one at a time. Clones share that.
 #[derive(Clone, Debug)]
 pub struct Backups {
-    database: PathBuf,
+    database: DatabaseFile,
     users: Users,
     at_once: Arc<Semaphore>,
 }
@@ -69,7 +70,7 @@ pub enum BackupError {
 
 impl Backups {
     /// Of this database.
-    pub fn new(database: PathBuf, users: Users) -> Self {
+    pub fn new(database: DatabaseFile, users: Users) -> Self {
         Self { database, users, at_once: Arc::new(Semaphore::new(1)) }
     }
 
@@ -101,8 +102,8 @@ impl Backups {
     /// Refuses what would fill the disk under the database.
     fn check_room(&self) -> Result<(), Status> {
         let of_disk = |error: io::Error| Status::internal(format!("cannot look at the disk: {error}"));
-        let size_bytes = fs::metadata(&self.database).map_err(of_disk)?.len();
-        let free_bytes = resqlite::disk::free_bytes(&self.database).map_err(of_disk)?;
+        let size_bytes = fs::metadata(self.database.path()).map_err(of_disk)?.len();
+        let free_bytes = resqlite::disk::free_bytes(self.database.path()).map_err(of_disk)?;
         let needed_bytes = size_bytes + SPARE_BYTES;
         if free_bytes < needed_bytes {
             return Err(Status::resource_exhausted(format!(
@@ -117,7 +118,7 @@ impl Backups {
 type Parts = mpsc::Sender<Result<BackupResponse, Status>>;
 
 /// Makes and hands out all parts. Blocks.
-fn make(database: &Path, format: BackupFormat, turn: (OwnedSemaphorePermit, Shared), parts: &Parts) {
+fn make(database: &DatabaseFile, format: BackupFormat, turn: (OwnedSemaphorePermit, Shared), parts: &Parts) {
     let made = match format {
         BackupFormat::Database => send_file(database, turn, parts),
         BackupFormat::Sql => send_dump(database, turn, parts),
@@ -142,7 +143,7 @@ fn status(error: &BackupError) -> Status {
 }
 
 fn send_file(
-    database: &Path,
+    database: &DatabaseFile,
     (turn, right): (OwnedSemaphorePermit, Shared),
     parts: &Parts,
 ) -> Result<(), BackupError> {
@@ -162,7 +163,7 @@ fn send_file(
 }
 
 fn send_dump(
-    database: &Path,
+    database: &DatabaseFile,
     (turn, right): (OwnedSemaphorePermit, Shared),
     parts: &Parts,
 ) -> Result<(), BackupError> {
@@ -189,8 +190,8 @@ struct Copy {
 
 impl Copy {
     /// Copies what is there now; says where that stands in the log.
-    fn make(database: &Path, right: Shared, parts: &Parts) -> Result<(Self, u64), BackupError> {
-        let name = FileName(snapshot::outgoing_backup(database));
+    fn make(database: &DatabaseFile, right: Shared, parts: &Parts) -> Result<(Self, u64), BackupError> {
+        let name = FileName(snapshot::outgoing_backup(database.path()));
         let position = snapshot::copy_pages(database, &name.0, || !parts.is_closed())?;
         // The database itself is not needed any more, and may be replaced.
         drop(right);

@@ -7,7 +7,6 @@ use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     fmt,
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
@@ -15,12 +14,11 @@ use std::{
     time::Duration,
 };
 
-use rusqlite::{
-    CachedStatement, Connection, Error, OpenFlags, Statement, config::DbConfig, ffi, limits::Limit,
-};
+use rusqlite::{CachedStatement, Connection, Error, Statement, config::DbConfig, limits::Limit};
 
 use crate::{
     classify,
+    database::{DatabaseFile, OpenDatabase},
     determinism::{
         self, Class,
         authorizer::{Guard, Phase, Role, StatementFacts},
@@ -28,7 +26,7 @@ use crate::{
         random::{RandomSource, Sequence},
     },
     expansion::{self, Schema, TooComplex},
-    sqlite_ffi::{self, VfsState, WriterVfs},
+    sqlite_ffi::{self, VfsState},
 };
 
 /// The longest string, blob or row, in bytes.
@@ -82,19 +80,16 @@ const STEPS_PER_LOOK: i32 = 4_096;
 
 /// A reading connection: `query_only`, with the writer's limits and the same things closed.
 pub struct Reader {
-    connection: Connection,
+    connection: OpenDatabase,
     guard: Guard,
     /// The definitions by which statements are measured, and the version of the schema that they are of.
     definitions: RefCell<Option<(i64, Schema)>>,
 }
 
 /// Opens a reading connection on the database that the writer of this process has open.
-pub fn open_reader(path: &Path) -> rusqlite::Result<Reader> {
+pub fn open_reader(file: &DatabaseFile) -> rusqlite::Result<Reader> {
     sqlite_ffi::make_local_time_utc();
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY
-        | OpenFlags::SQLITE_OPEN_NO_MUTEX
-        | OpenFlags::SQLITE_OPEN_PRIVATE_CACHE;
-    let connection = Connection::open_with_flags(path, flags)?;
+    let connection = file.open_to_read()?;
     configure(&connection)?;
     connection.execute_batch("PRAGMA query_only = ON")?;
     let guard = Guard::install(&connection, Role::Reader)?;
@@ -226,7 +221,7 @@ fn configure(connection: &Connection) -> rusqlite::Result<()> {
 
 /// The one connection that writes.
 pub(crate) struct Writer {
-    pub connection: Connection,
+    pub connection: OpenDatabase,
     pub guard: Guard,
     pub files: Arc<VfsState>,
     pub random: RandomSource,
@@ -240,22 +235,14 @@ pub(crate) struct Writer {
     may_defer: Cell<Option<bool>>,
     /// The definitions by which statements are measured; `None`: as above.
     definitions: RefCell<Option<Schema>>,
-    // Declared last, so dropped last: it must outlive the connection.
-    _vfs: WriterVfs,
 }
 
 impl Writer {
     /// Opens or creates the database. `checkpoint_pages`: how long the WAL grows before a commit
     /// writes it back.
-    pub fn open(path: &Path, checkpoint_pages: u32) -> rusqlite::Result<Self> {
+    pub fn open(file: &DatabaseFile, checkpoint_pages: u32) -> rusqlite::Result<Self> {
         sqlite_ffi::make_local_time_utc();
-        let vfs = WriterVfs::register()
-            .ok_or_else(|| Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_NOMEM), None))?;
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
-            | OpenFlags::SQLITE_OPEN_CREATE
-            | OpenFlags::SQLITE_OPEN_NO_MUTEX
-            | OpenFlags::SQLITE_OPEN_PRIVATE_CACHE;
-        let connection = Connection::open_with_flags_and_vfs(path, flags, vfs.name())?;
+        let connection = file.open_to_write()?;
         configure(&connection)?;
         connection.execute_batch(&format!(
             "PRAGMA page_size = 4096;
@@ -277,7 +264,7 @@ impl Writer {
         sqlite_ffi::count_changes_from(&connection, Arc::clone(&changes_base))?;
         let writer = Self {
             guard,
-            files: Arc::clone(vfs.state()),
+            files: Arc::clone(file.state()),
             random,
             fuse: Fuse::install(&connection)?,
             highest_rowid_used: watch_rowids(&connection)?,
@@ -287,7 +274,6 @@ impl Writer {
             may_defer: Cell::new(None),
             definitions: RefCell::default(),
             connection,
-            _vfs: vfs,
         };
         writer.guard.learn_virtual_tables(&writer.connection)?;
         Ok(writer)

@@ -23,6 +23,7 @@ pub mod calls;
 pub mod classify;
 pub mod connection;
 pub mod consistency;
+pub mod database;
 pub mod deadline;
 pub mod determinism;
 pub mod errors;
@@ -34,6 +35,7 @@ pub mod leadership;
 pub mod limits;
 mod local;
 pub mod metrics;
+pub mod page_sums;
 pub mod pipeline;
 pub mod raft_link;
 pub mod reads;
@@ -94,6 +96,7 @@ use crate::{
     backup::Backups,
     calls::CountCalls,
     consistency::ReadGate,
+    database::DatabaseFile,
     facts::Facts,
     intake::Intake,
     leadership::Leadership,
@@ -225,7 +228,8 @@ pub async fn run(
     restore::remove_leftovers(&database)
         .map_err(|error| RunError::Start(format!("cannot remove what a restore has left behind: {error}")))?;
     let member_ids = config.cluster.members.iter().map(|member| member.id);
-    let verifications = Verifications::new(database.clone(), config.node_id, member_ids);
+    let file = DatabaseFile::at(&database).map_err(|error| RunError::Start(error.to_string()))?;
+    let verifications = Verifications::new(file.clone(), config.node_id, member_ids);
     let diverged = Mark::load(&database).map_err(|error| {
         RunError::Start(format!("cannot tell whether the content was found wrong: {error}"))
     })?;
@@ -233,11 +237,11 @@ pub async fn run(
     let (running, stopped_cleanly) = running
         .map_err(|error| RunError::Start(format!("cannot note that the database is in use: {error}")))?;
     let directory = Directory::new(config.cluster.require_auth);
-    let applier = open(&database, &config, verifications.clone(), directory.clone())?;
+    let applier = open(&file, &config, verifications.clone(), directory.clone())?;
     let facts = Facts::new(applier.position().applied_index);
     facts.publish_diverged(diverged);
     let readers =
-        Readers::start(&database, config.sqlited.readers, Patience::default(), &runtime::Handle::current());
+        Readers::start(&file, config.sqlited.readers, Patience::default(), &runtime::Handle::current());
     let readers =
         Arc::new(readers.map_err(|error| RunError::Start(format!("no thread for a reader: {error}")))?);
     let pipeline = Pipeline::start(applier, metrics.of_pipeline(&applying));
@@ -283,7 +287,7 @@ pub async fn run(
     let users = snapshot::Users::new(readers.clone());
     let mut check = match stopped_cleanly {
         true => Check::needless(),
-        false => Check::start(&database, facts.applied_index(), users.share().await)
+        false => Check::start(&file, facts.applied_index(), users.share().await)
             .map_err(|error| RunError::Start(format!("no thread for a check: {error}")))?,
     };
     if let Err(damage) = check.wait_a_little().await {
@@ -296,7 +300,7 @@ pub async fn run(
         accounts,
         verifications: verifications.clone(),
         uploads: Uploads::new(Arc::clone(&writes), database.clone()),
-        backups: Backups::new(database.clone(), users.clone()),
+        backups: Backups::new(file.clone(), users.clone()),
         facts: facts.clone(),
         node_id: config.node_id,
         syntax: SyntaxCheck::new().map_err(|error| RunError::Start(error.to_string()))?,
@@ -316,7 +320,7 @@ pub async fn run(
         writes,
     };
     let exchange = SnapshotExchange::new(
-        database.clone(),
+        file.clone(),
         config.cluster_id(),
         users,
         config.sqlited.snapshot_bytes_per_second,
@@ -358,6 +362,7 @@ pub async fn run(
         never = disk::keep_watch(watermark, ballast, facts.room_publisher()) => match never {},
         error = pipeline.deliver(&waiters, &facts) => Err(error.into()),
         damage = check.damage() => Err(damage.into()),
+        _ = file.sums().damaged() => Ok(()),
         never = transactions.expire() => match never {},
         never = upkeep.run() => match never {},
         never = keep_certificates(tls, reloads) => match never {},
@@ -368,6 +373,11 @@ pub async fn run(
     };
     daemon::notify_stopping();
     abort.trigger();
+    // Whatever else has failed: a page that is not what was written is the reason why.
+    let result = match file.damage(Some(facts.applied_index())) {
+        Some(damage) => Err(damage.into()),
+        None => result,
+    };
     if let Err(RunError::Damaged(_)) = result {
         keep_evidence(pipeline);
         return result;
@@ -412,14 +422,14 @@ fn give_back_if_full(ballast: &Ballast, dir: &Path) -> Result<(), RunError> {
 }
 
 fn open(
-    database: &Path,
+    database: &DatabaseFile,
     config: &Config,
     verifications: Verifications,
     directory: Directory,
 ) -> Result<Applier, RunError> {
     let settings =
         ApplySettings { verifications: Some(verifications), directory, ..ApplySettings::default() };
-    let applier = Applier::open(database, settings).map_err(|error| match error {
+    let applier = Applier::open_file(database, settings).map_err(|error| match error {
         ApplyError::Damaged(damage) => RunError::Damaged(damage),
         error => RunError::Open(error),
     })?;

@@ -27,6 +27,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use self::syncer::{Syncer, ToSync};
 use crate::{
     apply::{Applied, Applier, ApplyError, ApplySettings, Position},
+    database::DatabaseFile,
     facts::Facts,
     limits::{APPLY_GROUP_BYTES, FOLLOW_QUEUE_BYTES},
     metrics::PipelineMetrics,
@@ -337,14 +338,15 @@ impl Worker {
                 return;
             }
             if self.stopping() {
-                return;
+                break;
             }
         }
+        self.applier.close();
     }
 
     /// Becomes a snapshot, with a new connection. None: that failed half-way, and this process cannot go on.
     fn replace(self, Replacement { incoming, exclusive, done }: Replacement) -> Option<Self> {
-        let settings = self.applier.settings();
+        let (settings, file) = (self.applier.settings(), self.applier.file());
         let Self { applier, queue, events, to_sync, stop, interrupt, metrics } = self;
         let applier = match make_way(applier, &incoming) {
             Err((applier, why)) => {
@@ -352,7 +354,7 @@ impl Worker {
                 let _ = done.send(Err(why));
                 *applier
             }
-            Ok(()) => match become_snapshot(incoming, settings) {
+            Ok(()) => match become_snapshot(incoming, &file, settings) {
                 Err(error) => {
                     drop(events.blocking_send(Event::Failed(error)));
                     return None;
@@ -478,10 +480,13 @@ fn make_way(applier: Applier, incoming: &Incoming) -> Result<(), (Box<Applier>, 
 }
 
 /// Puts the snapshot in the closed database's place and opens it.
-fn become_snapshot(incoming: Incoming, settings: ApplySettings) -> Result<Applier, PipelineError> {
-    let database = incoming.database().to_owned();
+fn become_snapshot(
+    incoming: Incoming,
+    file: &DatabaseFile,
+    settings: ApplySettings,
+) -> Result<Applier, PipelineError> {
     incoming.install().map_err(PipelineError::Install)?;
-    Applier::open(&database, settings).map_err(PipelineError::Apply)
+    Applier::open_file(file, settings).map_err(PipelineError::Apply)
 }
 
 #[cfg(test)]

@@ -17,7 +17,6 @@ use std::{
     collections::VecDeque,
     io,
     ops::Range,
-    path::Path,
     pin::Pin,
     sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak},
     task::{Context, Poll, ready},
@@ -37,6 +36,7 @@ pub use self::held::{Held, Turn};
 use self::reader::Reader;
 use crate::{
     auth::Caller,
+    database::DatabaseFile,
     limits::{self, ROW_BATCHES_WAITING},
     script::Kind,
     users::{Directory, Rights},
@@ -191,9 +191,9 @@ struct ReadJob {
 }
 
 impl Readers {
-    /// Starts `count` readers of the database at `path`, which must exist. They use `runtime`'s timers.
+    /// Starts `count` readers of a database that is open for writing. They use `runtime`'s timers.
     pub fn start(
-        path: &Path,
+        database: &DatabaseFile,
         count: usize,
         patience: Patience,
         runtime: &runtime::Handle,
@@ -209,7 +209,7 @@ impl Readers {
         let readers = Self { queue, threads: Mutex::default() };
         for number in 1..=count {
             let reader = Reader {
-                path: path.to_owned(),
+                database: database.clone(),
                 queue: Arc::clone(&readers.queue),
                 patience,
                 runtime: runtime.clone(),

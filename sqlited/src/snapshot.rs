@@ -5,6 +5,7 @@
 //! resqlite.db.outgoing-<n>    a copy of one consistent view, until it is open for sending (see `copy`)
 //! resqlite.db.outgoing-backup a copy that becomes a backup, until it is open for sending (see `crate::backup`)
 //! resqlite.db.incoming        a snapshot that is being received and checked (see `incoming`)
+//! resqlite.db.incoming-sums   the checksums of its pages
 //! resqlite.db.installing      says that the incoming file is whole and is to take the database's place (see `install`)
 //! ```
 //!

@@ -3,8 +3,8 @@
 //! A file beside the database says that a process has it open, and only a clean stop removes it. Without a clean stop
 //! the disk may have lost its power, too, so the file is checked. Small databases are checked before anybody is
 //! served; the check of a large one goes on beside the service, so that a start does not take longer the more data
-//! there is. SQLite keeps no checksums: a check finds broken pages, cells and structure. A value that has changed
-//! without breaking anything is found when the nodes compare their contents: see [`crate::verify`].
+//! there is. It finds broken pages, cells and structure; that a page is the one which was written is checked whenever
+//! one is read, see [`crate::page_sums`].
 
 use std::{
     fs::{self, File},
@@ -14,11 +14,12 @@ use std::{
     time::Duration,
 };
 
-use rusqlite::{Connection, OpenFlags, config::DbConfig};
+use rusqlite::{Connection, config::DbConfig};
 use tokio::{sync::oneshot, time::timeout};
 
 use crate::{
     connection,
+    database::DatabaseFile,
     snapshot::{self, Shared},
 };
 
@@ -83,9 +84,9 @@ impl Check {
     }
 
     /// Begins to check a database that this process has open. It has a connection of its own until it is done.
-    pub fn start(database: &Path, applied_index: u64, right: Shared) -> io::Result<Self> {
+    pub fn start(database: &DatabaseFile, applied_index: u64, right: Shared) -> io::Result<Self> {
         let (done, finished) = oneshot::channel();
-        let database = database.to_owned();
+        let database = database.clone();
         let check = move || drop(done.send(check(&database, Some(applied_index))));
         thread::Builder::new().name("check".into()).spawn(check)?;
         Ok(Self { finished: Some(finished), right: Some(right) })
@@ -119,9 +120,13 @@ impl Check {
 }
 
 /// Checks a database that this process has open. Blocks; reads the whole file.
-pub fn check(database: &Path, applied_index: Option<u64>) -> Result<(), Damage> {
-    let damage = |reason| Damage { file: database.to_owned(), applied_index, reason };
-    match verdict_of(database) {
+pub fn check(database: &DatabaseFile, applied_index: Option<u64>) -> Result<(), Damage> {
+    let damage = |reason| Damage { file: database.path().to_owned(), applied_index, reason };
+    let verdict = verdict_of(database);
+    if let Some(damage) = database.damage(applied_index) {
+        return Err(damage);
+    }
+    match verdict {
         Ok(None) => Ok(()),
         Ok(Some(reason)) => Err(damage(reason)),
         Err(error) if is_damage(&error) => Err(damage(error.to_string())),
@@ -132,9 +137,8 @@ pub fn check(database: &Path, applied_index: Option<u64>) -> Result<(), Damage> 
     }
 }
 
-fn verdict_of(database: &Path) -> rusqlite::Result<Option<String>> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = Connection::open_with_flags(database, flags)?;
+fn verdict_of(database: &DatabaseFile) -> rusqlite::Result<Option<String>> {
+    let connection = database.open_to_read()?;
     connection::harden(&connection)?;
     // Evidence is not to be written over by whoever looks at it.
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;

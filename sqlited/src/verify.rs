@@ -17,7 +17,6 @@ mod verdict;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::{Path, PathBuf},
     sync::Arc,
     thread,
 };
@@ -32,7 +31,10 @@ pub use self::{
     upkeep::Upkeep,
     verdict::{Verdict, verdict},
 };
-use crate::connection::{self, Reader};
+use crate::{
+    connection::{self, Reader},
+    database::DatabaseFile,
+};
 
 /// So many markers are remembered, those under way included.
 const KEPT: usize = 8;
@@ -56,7 +58,7 @@ pub type Reports = BTreeMap<u64, Hash>;
 /// What is known of the last markers. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Verifications {
-    database: PathBuf,
+    database: DatabaseFile,
     node_id: u64,
     members: Arc<BTreeSet<u64>>,
     known: watch::Sender<Known>,
@@ -72,7 +74,7 @@ struct Known {
 
 impl Verifications {
     /// Of this database, at this node, one of these members.
-    pub fn new(database: PathBuf, node_id: u64, members: impl IntoIterator<Item = u64>) -> Self {
+    pub fn new(database: DatabaseFile, node_id: u64, members: impl IntoIterator<Item = u64>) -> Self {
         let known = Known { own: BTreeMap::new(), reports: BTreeMap::new(), last_marker: Instant::now() };
         let members = Arc::new(members.into_iter().collect());
         Self { database, node_id, members, known: watch::Sender::new(known) }
@@ -153,7 +155,7 @@ impl Verifications {
 
 /// A connection that sees what is committed now. While it lives, the database cannot be replaced by a snapshot,
 /// which is then tried again.
-fn open_view(database: &Path) -> rusqlite::Result<Reader> {
+fn open_view(database: &DatabaseFile) -> rusqlite::Result<Reader> {
     let reader = connection::open_reader(database)?;
     // A transaction's view is that of its first read.
     reader.connection().execute_batch("BEGIN; SELECT count(*) FROM sqlite_schema")?;

@@ -167,6 +167,7 @@ fn a_file_that_is_not_a_database_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("resqlite.db");
     std::fs::write(&path, b"this is not a database, and long enough to look at".repeat(100)).unwrap();
+    std::fs::write(directory.path().join("resqlite.db.trusted"), "").unwrap();
     let error = sqlited::apply::Applier::open(&path, Default::default()).err().unwrap().to_string();
     assert!(error.contains("not a database"), "{error}");
 }

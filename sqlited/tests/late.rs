@@ -107,7 +107,8 @@ async fn a_client_that_comes_back_after_its_session_has_expired_is_told_and_noth
 fn transactions(directory: &tempfile::TempDir, hold: Duration, most: usize) -> (Applier, Arc<Transactions>) {
     let path = directory.path().join("test.db");
     let writer = Applier::open(&path, ApplySettings::default()).unwrap();
-    let readers = Readers::start(&path, 2, Patience::default(), &runtime::Handle::current()).unwrap();
+    let readers =
+        Readers::start(&writer.file(), 2, Patience::default(), &runtime::Handle::current()).unwrap();
     (writer, Arc::new(Transactions::new(1, Arc::new(readers), hold, most)))
 }
 

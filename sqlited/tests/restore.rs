@@ -117,7 +117,10 @@ fn the_content_becomes_the_files_rowids_and_all() {
     assert_eq!(apply_bodies(&mut machine, steps(&file, false)).error, None);
     assert_eq!(machine.content(), content_of(&file));
     assert_eq!(staged(&machine), 0);
-    assert_eq!(names_beside(&machine.path()), ["resqlite.db", "resqlite.db-shm", "resqlite.db-wal"]);
+    assert_eq!(
+        names_beside(&machine.path()),
+        ["resqlite.db", "resqlite.db-shm", "resqlite.db-sums", "resqlite.db-wal"]
+    );
     // What was prepared for, and learnt of, the old schema is forgotten.
     machine.ok(&["INSERT INTO kept(t) VALUES ('later')", "INSERT INTO words VALUES ('new words')"]);
     assert_eq!(machine.read("SELECT id, t FROM v WHERE t = 'later'"), "3|later");

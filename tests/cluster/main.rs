@@ -10,6 +10,7 @@ mod backup;
 mod bad_input;
 mod budget;
 mod consistency;
+mod damage;
 mod documentation;
 mod durability;
 mod exactly_once;

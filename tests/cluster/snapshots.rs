@@ -48,7 +48,7 @@ async fn execute_many(cluster: &Cluster, nodes: &[usize], count: u64, sql: &str)
 }
 
 /// Kills a node, and writes until the others' logs begin after what it has.
-async fn leave_behind(cluster: &mut Cluster, node: usize, writes: u64) {
+pub async fn leave_behind(cluster: &mut Cluster, node: usize, writes: u64) {
     cluster.kill(node, Daemon::Raftd);
     cluster.kill(node, Daemon::Sqlited);
     let others: Vec<usize> = (0..3).filter(|other| *other != node).collect();

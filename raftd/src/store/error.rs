@@ -1,13 +1,14 @@
 //! Everything that can keep the store from opening or going on, in words for the operator.
 
 use std::{
+    error::Error,
     io,
     path::{Path, PathBuf},
 };
 
 use raft::{Index, NodeId};
 
-use super::log_store::LogStoreError;
+use super::{cache::ReadError, log_store::LogStoreError};
 
 /// Why the store cannot be opened, or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -92,13 +93,33 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// The configuration does not fit the data directory: only a person can decide. The process should end with
-    /// `EXIT_CONFIG`, so that the service manager does not start it again.
-    pub fn is_configuration(&self) -> bool {
+    /// The data directory is not one that this configuration and this version can go on from: only a person can
+    /// decide, and starting again helps nobody. The process should end with `EXIT_CONFIG`, so that the service manager
+    /// leaves it at that.
+    pub fn needs_operator(&self) -> bool {
         match self {
-            Self::OtherCluster { .. } | Self::OtherNode { .. } | Self::NewerFormat { .. } => true,
-            Self::Locked { .. } | Self::Damaged { .. } | Self::Io { .. } | Self::WriterStopped(_) => false,
+            Self::OtherCluster { .. }
+            | Self::OtherNode { .. }
+            | Self::NewerFormat { .. }
+            | Self::Damaged { .. } => true,
+            Self::Locked { .. } | Self::Io { .. } | Self::WriterStopped(_) => false,
         }
+    }
+
+    /// The store's error among the causes of another one.
+    pub fn among_the_causes<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e Self> {
+        let mut cause = Some(error);
+        while let Some(error) = cause {
+            // A transparent wrapper does not name what it wraps as its source.
+            if let Some(ReadError::Store(error)) = error.downcast_ref() {
+                return Some(error);
+            }
+            if let Some(error) = error.downcast_ref() {
+                return Some(error);
+            }
+            cause = error.source();
+        }
+        None
     }
 
     /// The disk has no room left.

@@ -128,7 +128,7 @@ fn another_cluster_or_node_is_refused_and_told_the_way() {
     let error = refusal(StoreOptions { cluster_id: 0xC2, ..options(dir.path()) });
     assert!(
         matches!(error, StoreError::OtherCluster { stored: 0xC1, configured: 0xC2, .. })
-            && error.is_configuration()
+            && error.needs_operator()
     );
     let words = error.to_string();
     assert!(
@@ -137,7 +137,7 @@ fn another_cluster_or_node_is_refused_and_told_the_way() {
     );
     let error = refusal(StoreOptions { node_id: 9, ..options(dir.path()) });
     assert!(
-        matches!(error, StoreError::OtherNode { stored: 1, configured: 9, .. }) && error.is_configuration()
+        matches!(error, StoreError::OtherNode { stored: 1, configured: 9, .. }) && error.needs_operator()
     );
 }
 

@@ -53,16 +53,16 @@ impl Applier {
         request: &LoggedRequest,
         (step, finish): (&RestoreStep, &RestoreFinish),
     ) -> rusqlite::Result<Applied> {
-        let Self { writer, staging, path, sessions, users, .. } = self;
+        let Self { writer, staging, file, sessions, users, .. } = self;
         // As of this entry, as any other request's: the file may have been sent before a revocation.
         let rights = users.rights(Actor::of(request.authority.as_ref()));
         let permitted = rights.and_then(|rights| check_rights(&rights));
         let is_permitted = permitted.is_ok();
         let mut candidate = None;
         let (applied, _) = with_session(sessions, request, entry, || {
-            let trial = permitted
-                .map_err(Trial::Refused)
-                .and_then(|()| Candidate::make(&writer.connection, staging, path, &step.upload_id, finish));
+            let trial = permitted.map_err(Trial::Refused).and_then(|()| {
+                Candidate::make(&writer.connection, staging, file.path(), &step.upload_id, finish)
+            });
             let refusal = match trial {
                 Ok(made) => {
                     candidate = Some(made);
@@ -86,7 +86,7 @@ impl Applier {
     fn become_candidate(&mut self, candidate: Candidate, entry: &LogEntry) -> rusqlite::Result<()> {
         self.versions.changed_everything(entry.index);
         self.save_entry(candidate.connection(), entry)?;
-        candidate.replace(&mut self.writer.connection)?;
+        candidate.replace(self.writer.connection.as_mut())?;
         self.note_committed(entry);
         // The schema, what is prepared and what is staged are those of the old content.
         self.in_disorder = true;

@@ -4,7 +4,6 @@
 //! of what a part contains.
 
 use std::{
-    path::PathBuf,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -25,6 +24,7 @@ use tonic::{Code, Status, Streaming, transport::Channel};
 use super::{SessionEnd, closed_by_raftd};
 use crate::{
     apply::Position,
+    database::DatabaseFile,
     facts::Facts,
     metrics::Metrics,
     pipeline,
@@ -37,7 +37,7 @@ const PARTS_WAITING: usize = 4;
 /// What sending and taking snapshots needs to know of this node. Clones share it.
 #[derive(Clone, Debug)]
 pub struct SnapshotExchange {
-    database: PathBuf,
+    database: DatabaseFile,
     cluster_id: u64,
     users: Users,
     bytes_per_second: u64,
@@ -49,7 +49,7 @@ pub struct SnapshotExchange {
 impl SnapshotExchange {
     /// For the database of this cluster; `bytes_per_second` bounds the sending of one snapshot.
     pub fn new(
-        database: PathBuf,
+        database: DatabaseFile,
         cluster_id: u64,
         users: Users,
         bytes_per_second: u64,
@@ -144,7 +144,7 @@ async fn send(
         if let Some(why) = diverged {
             return Err(format!("this node is no source of snapshots: {why}"));
         }
-        let to = snapshot::outgoing(&exchange.database, transfer_id);
+        let to = snapshot::outgoing(exchange.database.path(), transfer_id);
         let copy = snapshot::copy(&exchange.database, &to, || !parts.is_closed());
         drop(connection_right);
         match copy {
@@ -208,7 +208,7 @@ async fn receive(
 
     let (parts, mut incoming) = mpsc::channel::<Bytes>(PARTS_WAITING);
     let written = spawn_blocking(move || {
-        let received = snapshot::receive(&exchange.database, announced, || incoming.blocking_recv());
+        let received = snapshot::receive(exchange.database.path(), announced, || incoming.blocking_recv());
         drop(file_right);
         received
     });

@@ -5,7 +5,6 @@ use std::{
     cell::{Cell, RefCell},
     collections::HashSet,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -25,6 +24,7 @@ use crate::{
     apply,
     classify::{self, Nature},
     connection,
+    database::DatabaseFile,
     determinism::{Class, authorizer::StatementFacts},
     errors::{invalid_sql, own_sql_error, sql_status},
     limits::ROW_BATCH_BYTES,
@@ -44,7 +44,7 @@ const KNOWN_READ_MAX_BYTES: usize = 4 << 10;
 
 /// One thread of the pool.
 pub(super) struct Reader {
-    pub path: PathBuf,
+    pub database: DatabaseFile,
     pub queue: Arc<Queue>,
     pub patience: Patience,
     pub runtime: runtime::Handle,
@@ -103,7 +103,7 @@ impl Reader {
     }
 
     fn open(&self) -> rusqlite::Result<OpenReader> {
-        let connection = connection::open_reader(&self.path)?;
+        let connection = connection::open_reader(&self.database)?;
         Ok(OpenReader {
             connection,
             syntax: SyntaxCheck::new()?,

@@ -22,7 +22,7 @@ impl Pool {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("test.db");
         let writer = Applier::open(&path, ApplySettings::default()).unwrap();
-        let readers = Readers::start(&path, 1, patience, &runtime::Handle::current()).unwrap();
+        let readers = Readers::start(&writer.file(), 1, patience, &runtime::Handle::current()).unwrap();
         Self { readers, _writer: writer, _directory: directory }
     }
 

@@ -11,13 +11,14 @@ use std::{
 };
 
 use rusqlite::{
-    Connection, OpenFlags,
+    Connection,
     backup::{Backup, StepResult},
 };
 
 use crate::{
     apply::{self, Position},
     connection,
+    database::DatabaseFile,
 };
 
 /// How many pages are copied between two looks at whether anybody still wants them.
@@ -52,7 +53,11 @@ pub enum CopyError {
 }
 
 /// Copies the database that this process has open to a file beside it. Blocks.
-pub fn copy(database: &Path, to: &Path, is_wanted: impl Fn() -> bool) -> Result<DatabaseCopy, CopyError> {
+pub fn copy(
+    database: &DatabaseFile,
+    to: &Path,
+    is_wanted: impl Fn() -> bool,
+) -> Result<DatabaseCopy, CopyError> {
     let copied = copy_pages(database, to, is_wanted);
     let opened = copied.and_then(|position| {
         let file = File::open(to)?;
@@ -67,9 +72,12 @@ pub fn copy(database: &Path, to: &Path, is_wanted: impl Fn() -> bool) -> Result<
 
 /// Copies the pages of one view that is current now, and says where that stands in the log. What is at `to` after an
 /// error is of no use. Blocks.
-pub fn copy_pages(database: &Path, to: &Path, is_wanted: impl Fn() -> bool) -> Result<Position, CopyError> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let source = Connection::open_with_flags(database, flags)?;
+pub fn copy_pages(
+    database: &DatabaseFile,
+    to: &Path,
+    is_wanted: impl Fn() -> bool,
+) -> Result<Position, CopyError> {
+    let source = database.open_to_read()?;
     connection::harden(&source)?;
     let mut target = Connection::open(to)?;
     // Nobody reads a copy that a crash has left behind.

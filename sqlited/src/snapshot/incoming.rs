@@ -13,12 +13,14 @@ use rusqlite::{Connection, OpenFlags};
 
 use super::{
     beside,
-    install::{INCOMING, sync_directory_of},
+    install::{INCOMING, INCOMING_SUMS, sync_directory_of},
     part::{PartError, PartTaker},
 };
 use crate::{
     apply::{self, Position},
-    connection, soundness,
+    connection,
+    page_sums::Builder,
+    soundness,
 };
 
 /// What is said of a snapshot before it comes.
@@ -68,27 +70,30 @@ pub fn receive(
     next: impl FnMut() -> Option<Bytes>,
 ) -> Result<Incoming, ReceiveError> {
     let path = beside(database, INCOMING);
-    let received = write_parts(&path, next).and_then(|()| {
+    let received = write_parts(database, next).and_then(|()| {
         let position = check(&path, announced)?;
         sync_directory_of(database)?;
         Ok(Incoming { database: database.to_owned(), position })
     });
     if received.is_err() {
-        // If even that fails, the next start or the next snapshot removes it.
-        let _ = fs::remove_file(&path);
+        remove(database);
     }
     received
 }
 
-fn write_parts(path: &Path, mut next: impl FnMut() -> Option<Bytes>) -> Result<(), ReceiveError> {
-    let mut file = File::create(path)?;
-    let mut taker = PartTaker::default();
+/// Writes the file and the sums of its pages, those of what came: should the disk make something else of it, the
+/// database is found damaged.
+fn write_parts(database: &Path, mut next: impl FnMut() -> Option<Bytes>) -> Result<(), ReceiveError> {
+    let mut file = File::create(beside(database, INCOMING))?;
+    let (mut taker, mut sums) = (PartTaker::default(), Builder::default());
     loop {
         let part = next().ok_or_else(|| ReceiveError::CutOff(taker.received_bytes()))?;
         let (data, whole) = taker.take(part)?;
         file.write_all(&data)?;
+        sums.add(&data);
         if whole {
-            return Ok(file.sync_all()?);
+            file.sync_all()?;
+            return Ok(sums.save(&beside(database, INCOMING_SUMS))?);
         }
     }
 }
@@ -147,7 +152,13 @@ impl Incoming {
 
     /// Removes it.
     pub fn discard(self) {
-        // If that fails, the next start or the next snapshot removes it.
-        let _ = fs::remove_file(beside(&self.database, INCOMING));
+        remove(&self.database);
+    }
+}
+
+/// If that fails, the next start or the next snapshot removes it.
+fn remove(database: &Path) {
+    for suffix in [INCOMING, INCOMING_SUMS] {
+        let _ = fs::remove_file(beside(database, suffix));
     }
 }

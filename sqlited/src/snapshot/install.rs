@@ -10,10 +10,13 @@ use std::{
 };
 
 use super::{beside, incoming::Incoming};
-use crate::verify;
+use crate::{page_sums, verify};
 
 /// Where a snapshot is received.
 pub(super) const INCOMING: &str = ".incoming";
+
+/// Where the sums of its pages are kept.
+pub(super) const INCOMING_SUMS: &str = ".incoming-sums";
 
 /// Where a copy is made for sending; a number follows.
 pub(super) const OUTGOING: &str = ".outgoing-";
@@ -40,15 +43,17 @@ pub fn finish(database: &Path) -> io::Result<bool> {
         carry_out(database)?;
     }
     remove_if_there(&beside(database, INCOMING))?;
+    remove_if_there(&beside(database, INCOMING_SUMS))?;
     remove_outgoing(database)?;
     Ok(recorded)
 }
 
 /// What is to be done once it is recorded, in this order. Each step may be done again.
-const STEPS: [fn(&Path) -> io::Result<()>; 6] = [
+const STEPS: [fn(&Path) -> io::Result<()>; 7] = [
     remove_what_is_about_the_old,
     sync_directory_of,
-    take_the_place,
+    |database| take_the_place(&beside(database, INCOMING), database),
+    |database| take_the_place(&beside(database, INCOMING_SUMS), &beside(database, page_sums::FILE_SUFFIX)),
     sync_directory_of,
     |database| remove_if_there(&beside(database, RECORD)),
     sync_directory_of,
@@ -61,16 +66,17 @@ fn carry_out(database: &Path) -> io::Result<()> {
 /// First of all: a write-ahead log of the old database would be taken for the new one's, and undo it page by page.
 /// What was said of the old content goes with it.
 fn remove_what_is_about_the_old(database: &Path) -> io::Result<()> {
-    for suffix in ["-wal", "-shm", "-journal", verify::FILE_SUFFIX] {
+    let suffixes = ["-wal", "-shm", "-journal", page_sums::TRUSTED_SUFFIX, verify::FILE_SUFFIX];
+    for suffix in suffixes {
         remove_if_there(&beside(database, suffix))?;
     }
     Ok(())
 }
 
-fn take_the_place(database: &Path) -> io::Result<()> {
-    match fs::rename(beside(database, INCOMING), database) {
+fn take_the_place(new: &Path, old: &Path) -> io::Result<()> {
+    match fs::rename(new, old) {
         // A crash came after the rename.
-        Err(error) if error.kind() == io::ErrorKind::NotFound && database.try_exists()? => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound && old.try_exists()? => Ok(()),
         renamed => renamed,
     }
 }
@@ -129,6 +135,8 @@ mod tests {
         fs::create_dir(&killed).unwrap();
         let old = make(&living.join("resqlite.db"), "old");
         drop(make(&living.join("resqlite.db.incoming"), "new"));
+        fs::write(living.join("resqlite.db-sums"), "old").unwrap();
+        fs::write(living.join("resqlite.db.incoming-sums"), "new").unwrap();
         for file in fs::read_dir(&living).unwrap() {
             let file = file.unwrap();
             fs::copy(file.path(), killed.join(file.file_name())).unwrap();
@@ -140,7 +148,10 @@ mod tests {
 
     fn names(database: &Path) -> Vec<String> {
         let files = fs::read_dir(directory_of(database)).unwrap();
-        files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect()
+        let mut names: Vec<String> =
+            files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
     }
 
     #[test]
@@ -151,9 +162,10 @@ mod tests {
             File::create(beside(&database, RECORD)).unwrap();
             STEPS[..done].iter().for_each(|step| step(&database).unwrap());
             // Once the record is gone there is nothing left to finish.
-            assert_eq!(finish(&database).unwrap(), done < 5, "after {done} steps");
-            assert_eq!(names(&database), ["resqlite.db"], "after {done} steps");
+            assert_eq!(finish(&database).unwrap(), done < 6, "after {done} steps");
+            assert_eq!(names(&database), ["resqlite.db", "resqlite.db-sums"], "after {done} steps");
             assert_eq!(content(&database), "new", "after {done} steps");
+            assert_eq!(fs::read(beside(&database, "-sums")).unwrap(), b"new", "after {done} steps");
         }
     }
 

@@ -80,7 +80,7 @@ mod tests {
         mark.save(&database).unwrap();
         assert!(!snapshot::finish(&database).unwrap());
         assert!(Mark::load(&database).unwrap().is_some(), "a start alone changes nothing");
-        for name in ["resqlite.db.incoming", "resqlite.db.installing"] {
+        for name in ["resqlite.db.incoming", "resqlite.db.incoming-sums", "resqlite.db.installing"] {
             File::create(directory.path().join(name)).unwrap();
         }
         assert!(snapshot::finish(&database).unwrap());

@@ -46,7 +46,9 @@ impl Machine {
         // Closing the last connection writes the WAL back.
         drop(self.applier);
         let copy = tempfile::tempdir().unwrap();
-        std::fs::copy(directory.path().join("resqlite.db"), copy.path().join("resqlite.db")).unwrap();
+        for name in ["resqlite.db", "resqlite.db-sums"] {
+            std::fs::copy(directory.path().join(name), copy.path().join(name)).unwrap();
+        }
         let open = |directory: TempDir| {
             let applier = Applier::open(&directory.path().join("resqlite.db"), settings.clone()).unwrap();
             Self { applier, directory, next_index }
@@ -71,7 +73,7 @@ impl Machine {
     }
 
     pub fn reader(&self) -> Reader {
-        open_reader(&self.path()).unwrap()
+        open_reader(&self.applier.file()).unwrap()
     }
 
     /// The next entry of the log, not yet applied.

@@ -11,7 +11,7 @@ use std::{
 };
 
 use resqlite::api::LogEntry;
-use rusqlite::{Connection, ffi, types::ValueRef};
+use rusqlite::{Connection, config::DbConfig, ffi, types::ValueRef};
 use sqlited::{
     apply::{Applied, Applier, ApplyError, ApplySettings, Position},
     connection::{Reader, open_reader},
@@ -44,6 +44,7 @@ pub struct Snapshot {
     /// Where it stands in the log.
     pub position: Position,
     database: Vec<u8>,
+    sums: Vec<u8>,
     wal: Vec<u8>,
 }
 
@@ -70,6 +71,10 @@ impl Machine {
         self.directory.join(self.generation.to_string()).join("resqlite.db")
     }
 
+    fn sums(&self) -> PathBuf {
+        self.path().with_extension("db-sums")
+    }
+
     fn wal(&self) -> PathBuf {
         self.path().with_extension("db-wal")
     }
@@ -80,7 +85,7 @@ impl Machine {
         let mut applier =
             Applier::open(&path, self.settings.clone()).expect("what a crash left can be opened");
         applier.bind_cluster(cluster_id).expect("the database belongs to the cluster");
-        let reader = open_reader(&path).expect("a database that is open can be read");
+        let reader = open_reader(&applier.file()).expect("a database that is open can be read");
         self.open = Some(Open { applier, reader });
     }
 
@@ -170,7 +175,12 @@ impl Machine {
     /// A copy of one consistent view: nothing else runs while its pages are copied.
     pub fn snapshot(&self) -> Snapshot {
         let read = |path: &Path| fs::read(path).expect("the database's files are there while it is open");
-        Snapshot { position: self.position(), database: read(&self.path()), wal: read(&self.wal()) }
+        Snapshot {
+            position: self.position(),
+            database: read(&self.path()),
+            sums: read(&self.sums()),
+            wal: read(&self.wal()),
+        }
     }
 
     /// Becomes the snapshot, durably.
@@ -180,6 +190,7 @@ impl Machine {
         self.begin_generation();
         let write = |path: &Path, bytes: &[u8]| fs::write(path, bytes).expect("there is room for a snapshot");
         write(&self.path(), &snapshot.database);
+        write(&self.sums(), &snapshot.sums);
         write(&self.wal(), &snapshot.wal);
         self.durable_wal_bytes = snapshot.wal.len() as u64;
         let old = old.parent().expect("the database lies in a directory of its generation");
@@ -198,6 +209,9 @@ impl Machine {
     /// What a snapshot does that leaves out a table.
     pub fn forget_sessions(&self) {
         let connection = Connection::open(self.path()).expect("the snapshot can be opened");
+        // The change stays in the write-ahead log: pages in the file itself have checksums.
+        let kept = connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true);
+        kept.expect("SQLite knows this switch");
         connection.execute("DELETE FROM _resqlite_sessions", []).expect("the snapshot can be changed");
     }
 
