@@ -4,6 +4,7 @@
 //! crash the file itself says which entries it holds: the applied index is part of every transaction.
 
 mod error;
+mod request;
 mod restore;
 mod tables;
 
@@ -18,20 +19,19 @@ use std::{
 };
 
 use prost::Message;
-use resqlite::api::{LogEntry, LogEntryKind, LoggedRequest, ReplyClass, StoredReply, logged_request::Body};
-use rusqlite::{Connection, InterruptHandle, ffi};
+use resqlite::api::{LogEntry, LogEntryKind, LoggedRequest, StoredReply, logged_request::Body};
+use rusqlite::{Connection, InterruptHandle};
 
 use crate::{
-    classify::Failure,
     connection::Writer,
     database::DatabaseFile,
-    execute::{self, Execution, Remedies, Savepoints, Stop},
+    execute::{self, Remedies, Savepoints, Stop},
     page_sums::LoadError,
     restore::Staging,
-    sessions::{Admission, ClientId, Sessions},
+    sessions::{ClientId, Sessions},
     soundness::{self, Damage},
     sqlite_ffi::VfsState,
-    users::{Actor, Directory, Users},
+    users::{Directory, Users},
     verify::Verifications,
     version,
     versions::Versions,
@@ -39,6 +39,7 @@ use crate::{
 
 pub use error::ApplyError;
 use error::environment;
+use request::{Memory, is_marker, is_restore, run_request, run_vacuum};
 use tables::{OwnStatements, open_tables};
 pub use tables::{Position, applied_index, stored_position};
 
@@ -555,117 +556,6 @@ impl Applier {
         self.in_disorder = false;
         Ok(())
     }
-}
-
-/// Whether a staged file becomes the database here.
-fn is_restore(work: &Work) -> bool {
-    matches!(work, Work::Request(request) if restore::finish_of(request).is_some())
-}
-
-/// Whether every node hashes its content right after this.
-fn is_marker(work: &Work) -> bool {
-    matches!(work, Work::Request(request) if is_marker_body(request))
-}
-
-fn is_marker_body(request: &LoggedRequest) -> bool {
-    matches!(request.body, Some(Body::Verify(_)))
-}
-
-/// What is kept in memory beside the database, and changes with it.
-struct Memory<'m> {
-    sessions: &'m mut Sessions,
-    versions: &'m mut Versions,
-    users: &'m mut Users,
-    staging: &'m mut Staging,
-}
-
-/// Executes one request, unless its session says that this was done before.
-fn run_request<'c>(
-    writer: &'c Writer,
-    Memory { sessions, versions, users, staging }: Memory<'_>,
-    savepoints: &mut Savepoints<'c>,
-    request: &LoggedRequest,
-    entry: &LogEntry,
-    remedies: &Remedies,
-) -> Result<(Applied, bool), Stop> {
-    staging.expire(&writer.connection, entry.timestamp_ms).map_err(Stop::Environment)?;
-    with_session(sessions, request, entry, || {
-        let actor = Actor::of(request.authority.as_ref());
-        let finished = |failure| Ok((execute::reply(entry.index, Vec::new(), failure), false));
-        if let Some(Body::Users(change)) = &request.body {
-            return finished(users.change(change, actor, entry.timestamp_ms).err());
-        }
-        // As of this entry: whatever was revoked before it is not there, wherever the request waited.
-        let rights = match users.rights(actor) {
-            Ok(rights) => rights,
-            Err(denied) => return finished(Some(denied)),
-        };
-        if let Some(conflict) = request.reads.as_ref().and_then(|reads| versions.conflict(reads)) {
-            return finished(Some(conflict));
-        }
-        if let Some(Body::Verify(_) | Body::Report(_)) = request.body {
-            return Ok((execute::reply(entry.index, Vec::new(), None), is_marker_body(request)));
-        }
-        if let Some(Body::Restore(step)) = &request.body {
-            if let Err(denied) = restore::check_rights(&rights) {
-                return finished(Some(denied));
-            }
-            let failure = staging.apply(&writer.connection, step, entry.timestamp_ms);
-            return finished(failure.map_err(Stop::Environment)?);
-        }
-        let executed = Execution::run(writer, savepoints, request, &rights, entry, remedies)?;
-        executed.wrote.iter().for_each(|facts| versions.wrote(facts, entry.index));
-        Ok((executed.reply, executed.ends_group))
-    })
-}
-
-fn run_vacuum(
-    writer: &Writer,
-    Memory { sessions, versions, users, staging }: Memory<'_>,
-    request: &LoggedRequest,
-    entry: &LogEntry,
-) -> rusqlite::Result<Applied> {
-    sessions.reload(&writer.connection)?;
-    users.reload(&writer.connection)?;
-    *staging = Staging::load(&writer.connection)?;
-    let vacuum = || {
-        let reply = execute::vacuum(writer, request, entry.index, entry.timestamp_ms)?;
-        // It may have given new rowids to the rows of every table that names none of its columns so.
-        versions.changed_everything(entry.index);
-        Ok((reply, true))
-    };
-    with_session(sessions, request, entry, vacuum).map(|(applied, _)| applied)
-}
-
-/// Asks the session whether to execute, and lets it remember the reply.
-fn with_session<E>(
-    sessions: &mut Sessions,
-    request: &LoggedRequest,
-    entry: &LogEntry,
-    execute: impl FnOnce() -> Result<(StoredReply, bool), E>,
-) -> Result<(Applied, bool), E> {
-    let index = entry.index;
-    let applied = |client_id, sequence, reply| Applied { index, client_id, sequence, reply };
-    let refused = |failure| Arc::new(execute::reply(index, Vec::new(), Some(failure)));
-    let named = request.id.as_ref().and_then(|id| Some((id, ClientId::try_from(&id.client_id[..]).ok()?)));
-    let Some((id, client)) = named.filter(|(id, _)| id.sequence > 0) else {
-        let message = "the request's id needs a client_id of 16 bytes and a sequence from 1";
-        let failure = Failure::new(ReplyClass::Invalid, ffi::SQLITE_ERROR, 0, message);
-        return Ok((applied(ClientId::default(), 0, refused(failure)), false));
-    };
-    // What the server names it names for everybody, and keeps no replies to.
-    let user = if request.server_made_id { "" } else { Actor::of(request.authority.as_ref()).name() };
-    let admission = sessions.admit(client, user, id, index, entry.timestamp_ms);
-    let (reply, ends_group) = match admission {
-        Admission::Execute => {
-            let (reply, ends_group) = execute()?;
-            sessions.record(client, id.sequence, &reply, request.server_made_id);
-            (Arc::new(reply), ends_group)
-        }
-        Admission::Duplicate(first_reply) => (first_reply, false),
-        Admission::Refused(failure) => (refused(*failure), false),
-    };
-    Ok((applied(client, id.sequence, reply), ends_group))
 }
 
 /// `'localtime'` must mean UTC, in summer and in winter.

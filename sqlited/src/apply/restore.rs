@@ -8,7 +8,7 @@ use resqlite::api::{
     LogEntry, LoggedRequest, RestoreFinish, RestoreStep, logged_request::Body, restore_step::Step,
 };
 
-use super::{Applied, Applier, ApplyError, environment, tables::OwnStatements, with_session};
+use super::{Applied, Applier, ApplyError, environment, request::with_session, tables::OwnStatements};
 use crate::{
     classify::Failure,
     execute,
