@@ -3,7 +3,7 @@
 //! It knows the file and SQLite's VFS; what a connection is set to is [`crate::connection`]'s business.
 
 use std::{
-    ops::Deref,
+    ops::{Deref, DerefMut},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -86,17 +86,16 @@ impl DatabaseFile {
     }
 }
 
-impl OpenDatabase {
-    /// The connection, for what changes its content.
-    pub fn as_mut(&mut self) -> &mut Connection {
-        &mut self.connection
-    }
-}
-
 impl Deref for OpenDatabase {
     type Target = Connection;
 
     fn deref(&self) -> &Connection {
         &self.connection
+    }
+}
+
+impl DerefMut for OpenDatabase {
+    fn deref_mut(&mut self) -> &mut Connection {
+        &mut self.connection
     }
 }

@@ -86,7 +86,7 @@ impl Applier {
     fn become_candidate(&mut self, candidate: Candidate, entry: &LogEntry) -> rusqlite::Result<()> {
         self.versions.changed_everything(entry.index);
         self.save_entry(candidate.connection(), entry)?;
-        candidate.replace(self.writer.connection.as_mut())?;
+        candidate.replace(&mut self.writer.connection)?;
         self.note_committed(entry);
         // The schema, what is prepared and what is staged are those of the old content.
         self.in_disorder = true;
