@@ -11,6 +11,7 @@ use std::{
 use rusqlite::{Connection, Error, OpenFlags, ffi};
 
 use crate::{
+    connection,
     page_sums::PageSums,
     soundness::Damage,
     sqlite_ffi::{Clock, Vfs, VfsState},
@@ -76,6 +77,7 @@ impl DatabaseFile {
     fn open(&self, flags: OpenFlags, vfs: &Vfs) -> rusqlite::Result<OpenDatabase> {
         let flags = flags | OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_PRIVATE_CACHE;
         let connection = Connection::open_with_flags_and_vfs(&self.0.path, flags, vfs.name())?;
+        connection::harden(&connection)?;
         Ok(OpenDatabase { connection, _file: self.clone() })
     }
 
