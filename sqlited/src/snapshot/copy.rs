@@ -113,7 +113,7 @@ mod tests {
         writer
             .execute_batch("CREATE TABLE t(a); INSERT INTO t VALUES (1), (2), (3); DELETE FROM t WHERE a < 3")
             .unwrap();
-        copy_pages(&database, &to, || true).unwrap();
+        copy_pages(&applier.file(), &to, || true).unwrap();
         let rowid = |path: &Path| -> i64 {
             Connection::open(path).unwrap().query_row("SELECT rowid FROM t", [], |row| row.get(0)).unwrap()
         };
