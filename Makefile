@@ -4,7 +4,7 @@ CARGO   ?= cargo
 PROFILE ?= release
 BIN      = target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 
-.PHONY: playground test build check tools sim powercut soak deb apt-repo test-hosts clean help
+.PHONY: playground test build check tools sim mutants powercut soak deb apt-repo test-hosts clean help
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ tools: ## what the tests need beside Rust: sqlite3, strace, a Python with grpcio
 SEEDS ?= 1000
 sim: ## simulates SEEDS histories of whole clusters under faults (seed=17 in ARGS and SEEDS=1: that one)
 	@$(CARGO) run --quiet --profile $(PROFILE) -p sim -- seeds=$(SEEDS) $(ARGS)
+
+mutants: ## seeds bugs, one at a time, and shows that a test fails for each (ARGS: parts of names)
+	@tests/mutants/run $(ARGS)
 
 MINUTES ?= 30
 soak: build ## three nodes under load and faults for MINUTES: fails if memory or file descriptors grow
