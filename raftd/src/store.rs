@@ -4,6 +4,7 @@
 //! data_dir/lock         held by the one process that uses the directory
 //! data_dir/hard_state   identity, term, vote, the log's base and mark (see `hard_state`)
 //! data_dir/log/         the entries, in sled (see `record`, `record_log`, `sled_log`)
+//! data_dir/journal      what sled has yet to make durable (see `journal`, `journaled_log`)
 //! data_dir/ballast      room to give back when the disk is full
 //! ```
 //!
@@ -17,14 +18,16 @@ pub mod block_file;
 mod cache;
 mod error;
 mod hard_state;
+mod journal;
+pub mod journaled_log;
 pub mod log_store;
-mod measured;
 pub mod memory_log;
 pub mod record;
 mod record_log;
 pub mod sled_log;
 mod stepped;
 mod term_runs;
+mod trial;
 mod writer;
 
 use std::{
@@ -41,10 +44,9 @@ use self::{
     block_file::BlockFile,
     cache::{SharedWindow, Window},
     hard_state::{HardStateFile, State, sync_dir},
+    journaled_log::JournaledLog,
     log_store::{LogStore, LogStoreError},
-    measured::MeasuredLog,
     record_log::{Mark, RecordLog, RecoverError},
-    sled_log::SledLog,
     writer::{LogThread, Queue},
 };
 use crate::metrics::WriterMetrics;
@@ -121,11 +123,23 @@ impl Store {
     ///
     /// Reads and checks all of the retained log: this is linear in what compaction left, not in history.
     pub fn open(options: StoreOptions) -> Result<Self, StoreError> {
+        Self::open_in_directory(options, None)
+    }
+
+    /// As [`Store::open`], with the time that each sync takes noted in `fsync`.
+    pub fn open_measured(options: StoreOptions, fsync: Histogram) -> Result<Self, StoreError> {
+        Self::open_in_directory(options, Some(fsync))
+    }
+
+    fn open_in_directory(options: StoreOptions, fsync: Option<Histogram>) -> Result<Self, StoreError> {
         let cache_bytes = options.cache_bytes;
         Self::open_with(options, |dir, is_new| {
-            let opened =
-                if is_new { SledLog::create(dir, cache_bytes) } else { SledLog::open(dir, cache_bytes) };
-            opened.map(|log| Arc::new(log) as Arc<dyn LogStore>)
+            let opened = if is_new {
+                JournaledLog::create(dir, cache_bytes)
+            } else {
+                JournaledLog::open(dir, cache_bytes)
+            };
+            opened.map(|log| Arc::new(log.measured(fsync.clone())) as Arc<dyn LogStore>)
         })
     }
 
@@ -134,16 +148,6 @@ impl Store {
         let path = options.data_dir.join("hard_state");
         let Identity { cluster_id, node_id } = HardStateFile::open(&path)?.state().identity;
         Self::open(StoreOptions { cluster_id, node_id, ..options })
-    }
-
-    /// As [`Store::open`], with the time that each sync takes noted in `fsync`.
-    pub fn open_measured(options: StoreOptions, fsync: Histogram) -> Result<Self, StoreError> {
-        let cache_bytes = options.cache_bytes;
-        Self::open_with(options, |dir, is_new| {
-            let opened =
-                if is_new { SledLog::create(dir, cache_bytes) } else { SledLog::open(dir, cache_bytes) };
-            opened.map(|log| Arc::new(MeasuredLog::new(log, fsync.clone())) as Arc<dyn LogStore>)
-        })
     }
 
     /// As [`Store::open`], with the log in another log store: `open_log` is given the log's directory and whether the

@@ -135,6 +135,9 @@ impl StoreError {
         move |error| match error {
             LogStoreError::Io(source) => Self::Io { path: path.to_owned(), action, source },
             LogStoreError::Damaged(reason) => Self::Damaged { file: path.to_owned(), index: None, reason },
+            LogStoreError::NewerFormat { found, known } => {
+                Self::NewerFormat { file: path.to_owned(), found, known }
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What the log needs of whatever keeps its records: a small ordered store with an explicit sync.
 //!
-//! The trait has two implementations: sled, and one in memory that tests and simulations can crash.
+//! The trait has three implementations: sled, a journal before another log store, and one in memory that tests and
+//! simulations can crash.
 //! It knows keys and values; what a record means, and in which order operations come, is decided
 //! above it.
 
@@ -20,6 +21,12 @@ pub trait LogStore: Send + Sync {
 
     /// Removes a record if there is one. Durable after the next [`LogStore::sync`].
     fn remove(&self, key: Key) -> Result<(), LogStoreError>;
+
+    /// Removes the first record, which is no longer needed. After a crash it may be there again, and all that were
+    /// discarded after it.
+    fn discard(&self, key: Key) -> Result<(), LogStoreError> {
+        self.remove(key)
+    }
 
     /// Hands what gathered to the operating system. Bounds memory; makes nothing durable.
     fn flush(&self) -> Result<(), LogStoreError>;
@@ -55,6 +62,13 @@ pub enum LogStoreError {
     Io(io::Error),
     /// What is stored is not what was written.
     Damaged(String),
+    /// A later version of this software wrote it.
+    NewerFormat {
+        /// Its format.
+        found: u32,
+        /// The newest format that this version reads.
+        known: u32,
+    },
 }
 
 impl fmt::Display for LogStoreError {
@@ -62,6 +76,9 @@ impl fmt::Display for LogStoreError {
         match self {
             Self::Io(error) => error.fmt(f),
             Self::Damaged(reason) => f.write_str(reason),
+            Self::NewerFormat { found, known } => {
+                write!(f, "written in format {found}, but this version knows formats up to {known}")
+            }
         }
     }
 }

@@ -234,7 +234,7 @@ impl RecordLog {
                 self.discarding = false;
                 break;
             };
-            self.store.remove(first)?;
+            self.store.discard(first)?;
         }
         self.store.flush()?;
         Ok(self.discarding)

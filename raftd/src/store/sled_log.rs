@@ -31,18 +31,10 @@ use super::{
     hard_state::sync_dir,
     log_store::{LogStore, LogStoreError, Scan},
     record::Key,
+    trial::is_left_out,
 };
 
 const SEGMENT_BYTES: usize = 8 << 20;
-
-#[cfg(all(feature = "trials", not(debug_assertions)))]
-compile_error!("the feature `trials` breaks the log on purpose: it is for debug builds only");
-
-/// Whether a part of the discipline is to be left out, so that a test can show what it is good for. The environment
-/// is asked only where the feature `trials` is on.
-fn is_left_out(part: &str) -> bool {
-    cfg!(feature = "trials") && std::env::var("RESQLITE_TRIAL").is_ok_and(|trial| trial == part)
-}
 
 /// A shorter `conf` is one that sled takes for absent.
 const CONF_MIN_BYTES: u64 = 9;

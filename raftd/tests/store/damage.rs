@@ -95,6 +95,23 @@ fn a_flipped_byte_in_sleds_file_is_detected_or_harmless() {
 }
 
 #[test]
+fn a_flipped_byte_in_the_journal_is_detected_or_harmless() {
+    let (refused, _) = flips("journal", 40, 7);
+    assert!(refused > 5, "what sled has not yet is in whole frames: {refused} refused");
+}
+
+#[test]
+fn a_lost_or_shortened_journal_is_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data_dir, log) = filled(dir.path());
+    let journal = data_dir.join("journal");
+    fs::File::options().write(true).open(&journal).unwrap().set_len(8192).unwrap();
+    assert_eq!(start(&data_dir, HardState::default(), &log), Outcome::Refused);
+    fs::remove_file(&journal).unwrap();
+    assert_eq!(start(&data_dir, HardState::default(), &log), Outcome::Refused);
+}
+
+#[test]
 fn a_flipped_byte_in_sleds_configuration_is_detected_or_harmless() {
     flips("log/conf", 10, 2);
 }

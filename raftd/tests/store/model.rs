@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -16,6 +16,8 @@ use proptest::prelude::*;
 use raft::{Entry, HardState, Index, Install, Log, Position, Term};
 use raftd::store::{
     Store, Write,
+    block_file::BlockFile,
+    journaled_log::JournaledLog,
     log_store::{LogStore, LogStoreError, Scan},
     memory_log::MemoryLog,
     record::Key,
@@ -172,8 +174,9 @@ proptest! {
 }
 
 /// Loses power at the k-th step: keeps what the disk would hold then, and goes on as if nothing had happened.
-struct CutLog {
-    inner: MemoryLog,
+struct Cut {
+    records: MemoryLog,
+    journal: Mutex<TornFile>,
     hard_state: PathBuf,
     before_cut: AtomicU64,
     survivors: usize,
@@ -183,15 +186,57 @@ struct CutLog {
     left: Mutex<Option<Left>>,
 }
 
+/// The log store of a [`Cut`].
+struct CutLog(Arc<Cut>);
+
+/// The journal's file of a [`Cut`].
+struct CutFile(Arc<Cut>);
+
+/// A file of which a power cut keeps what was synced, and any of the sectors written since.
+#[derive(Clone, Default)]
+struct TornFile {
+    durable: Vec<u8>,
+    current: Vec<u8>,
+    /// Decides which sectors are kept.
+    seed: u64,
+}
+
+const SECTOR_BYTES: usize = 512;
+
+impl TornFile {
+    fn write_at(&mut self, bytes: &[u8], at: usize) {
+        let end = at + bytes.len();
+        self.current.resize(end.max(self.current.len()), 0);
+        self.current[at..end].copy_from_slice(bytes);
+    }
+
+    fn after_power_cut(&self) -> Self {
+        let mut left = self.current.clone();
+        let mut random = self.seed;
+        for (at, sector) in left.chunks_mut(SECTOR_BYTES).enumerate() {
+            let durable = self.durable.get(at * SECTOR_BYTES..at * SECTOR_BYTES + sector.len());
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            if random >> 63 == 0 {
+                match durable {
+                    Some(durable) => sector.copy_from_slice(durable),
+                    None => sector.fill(0),
+                }
+            }
+        }
+        Self { durable: left.clone(), current: left, seed: self.seed }
+    }
+}
+
 /// What a power cut left.
 struct Left {
     log: MemoryLog,
+    journal: TornFile,
     hard_state: Vec<u8>,
     reported: u64,
     submitted: u64,
 }
 
-impl CutLog {
+impl Cut {
     fn step(&self) {
         if self.before_cut.fetch_sub(1, Ordering::SeqCst) != 1 {
             return;
@@ -202,53 +247,76 @@ impl CutLog {
         if !self.note_survives {
             hard_state[8192..].fill(0);
         }
-        let log = self.inner.after_power_cut(self.survivors);
+        let log = self.records.after_power_cut(self.survivors);
+        let journal = self.journal.lock().unwrap().after_power_cut();
         let reported = self.reported.load(Ordering::SeqCst);
         let submitted = self.submitted.load(Ordering::SeqCst);
-        *self.left.lock().unwrap() = Some(Left { log, hard_state, reported, submitted });
+        *self.left.lock().unwrap() = Some(Left { log, journal, hard_state, reported, submitted });
     }
 }
 
 impl LogStore for CutLog {
     fn insert(&self, key: Key, value: Vec<u8>) -> Result<(), LogStoreError> {
-        self.step();
-        self.inner.insert(key, value)
+        self.0.step();
+        self.0.records.insert(key, value)
     }
 
     fn remove(&self, key: Key) -> Result<(), LogStoreError> {
-        self.step();
-        self.inner.remove(key)
+        self.0.step();
+        self.0.records.remove(key)
     }
 
     fn flush(&self) -> Result<(), LogStoreError> {
-        self.inner.flush()
+        self.0.records.flush()
     }
 
     fn sync(&self) -> Result<(), LogStoreError> {
-        self.step();
-        self.inner.sync()?;
-        self.step();
+        self.0.step();
+        self.0.records.sync()?;
+        self.0.step();
         Ok(())
     }
 
     fn first_key(&self) -> Result<Option<Key>, LogStoreError> {
-        self.inner.first_key()
+        self.0.records.first_key()
     }
 
     fn last_key(&self) -> Result<Option<Key>, LogStoreError> {
-        self.inner.last_key()
+        self.0.records.last_key()
     }
 
     fn at_or_before(&self, key: Key) -> Result<Option<(Key, Bytes)>, LogStoreError> {
-        self.inner.at_or_before(key)
+        self.0.records.at_or_before(key)
     }
 
     fn scan(&self, from: Key) -> Scan<'_> {
-        self.inner.scan(from)
+        self.0.records.scan(from)
     }
 
     fn size_bytes(&self) -> Result<u64, LogStoreError> {
-        self.inner.size_bytes()
+        self.0.records.size_bytes()
+    }
+}
+
+impl BlockFile for CutFile {
+    fn read_all(&self) -> io::Result<Vec<u8>> {
+        Ok(self.0.journal.lock().unwrap().current.clone())
+    }
+
+    fn write_all_at(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        self.0.step();
+        self.0.journal.lock().unwrap().write_at(bytes, at as usize);
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.0.step();
+        {
+            let mut journal = self.0.journal.lock().unwrap();
+            journal.durable = journal.current.clone();
+        }
+        self.0.step();
+        Ok(())
     }
 }
 
@@ -282,13 +350,16 @@ proptest! {
     fn a_power_cut_loses_nothing_that_was_reported(
         steps in prop::collection::vec(step(), 1..30),
         cut in any::<prop::sample::Index>(),
-        survivors in 0..20usize,
+        survivors in 0..60usize,
         note_survives in any::<bool>(),
+        seed in any::<u64>(),
+        is_journaled in any::<bool>(),
     ) {
         let dir = tempfile::tempdir().unwrap();
         let (reported, submitted) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-        let log = Arc::new(CutLog {
-            inner: MemoryLog::new(),
+        let disk = Arc::new(Cut {
+            records: MemoryLog::new(),
+            journal: Mutex::new(TornFile { seed, ..TornFile::default() }),
             hard_state: dir.path().join("hard_state"),
             before_cut: AtomicU64::new(1 + cut.index(200) as u64),
             survivors,
@@ -297,6 +368,12 @@ proptest! {
             submitted: submitted.clone(),
             left: Mutex::default(),
         });
+        let log: Arc<dyn LogStore> = if is_journaled {
+            let file = Box::new(CutFile(disk.clone()));
+            Arc::new(JournaledLog::create_on(Box::new(CutLog(disk.clone())), file).unwrap())
+        } else {
+            Arc::new(CutLog(disk.clone()))
+        };
         let mut store = Store::open_with(options(dir.path()), |_, _| Ok(log.clone())).unwrap();
         let (sender, reports) = channel();
         let said = reported.clone();
@@ -333,11 +410,15 @@ proptest! {
             models.push(model);
         }
         writer.shutdown().unwrap();
-        let Some(left) = log.left.lock().unwrap().take() else { return Ok(()) };
+        let Some(left) = disk.left.lock().unwrap().take() else { return Ok(()) };
 
         let after = tempfile::tempdir().unwrap();
         fs::write(after.path().join("hard_state"), &left.hard_state).unwrap();
-        let survived: Arc<dyn LogStore> = Arc::new(left.log);
+        let survived: Arc<dyn LogStore> = if is_journaled {
+            Arc::new(opened_again(left.log, left.journal))
+        } else {
+            Arc::new(left.log)
+        };
         let store = recover(after.path(), survived);
         let models = &models[left.reported as usize..=left.submitted as usize];
         prop_assert!(store.hard_state().term >= models[0].hard_state.term);
@@ -348,6 +429,24 @@ proptest! {
         prop_assert!(last_term <= store.hard_state().term, "the hard state is behind the log");
         prop_assert!(is_explained(&found, base, models), "base {base:?}, log of {} entries", found.len());
     }
+}
+
+/// What a start makes of what a power cut left; it is no damage.
+fn opened_again(records: MemoryLog, journal: TornFile) -> JournaledLog {
+    let uncut = Arc::new(Cut {
+        records,
+        journal: Mutex::new(journal),
+        hard_state: PathBuf::new(),
+        before_cut: AtomicU64::new(u64::MAX),
+        survivors: 0,
+        note_survives: true,
+        reported: Arc::default(),
+        submitted: Arc::default(),
+        left: Mutex::default(),
+    });
+    let file = Box::new(CutFile(uncut.clone()));
+    JournaledLog::open_on(Box::new(CutLog(uncut)), file)
+        .unwrap_or_else(|error| panic!("a power cut is not damage: {error}"))
 }
 
 fn recover(dir: &Path, log: Arc<dyn LogStore>) -> Store {

@@ -130,7 +130,8 @@ pub fn copy_dir(from: &Path, to: &Path) {
     }
 }
 
-/// A directory with a closed store of 203 entries in several records, the last three in parts.
+/// A directory with a closed store of 203 entries in several records. 100 and the next three, which are in parts, are in
+/// sled for good; the rest is in the journal.
 pub fn filled(dir: &Path) -> (PathBuf, Vec<Entry>) {
     let (store, log) = fill(dir);
     store.stop();
@@ -149,15 +150,13 @@ fn fill(dir: &Path) -> (Running, Vec<Entry>) {
     let mut log = Vec::new();
     let mut store = Running::open(dir).unwrap();
     store.vote(3, Some(2));
-    for start in (1..=200).step_by(10) {
-        log.extend(entries(start..=start + 9, 3, 100));
-        store.append(entries(start..=start + 9, 3, 100));
+    let mut append = |added: Vec<Entry>| {
+        log.extend(added.clone());
+        store.append(added);
         store.settle();
-    }
-    for index in 201..=203 {
-        log.push(entry(index, 3, 150_000));
-        store.append(vec![entry(index, 3, 150_000)]);
-    }
-    store.settle();
+    };
+    (1..=100).step_by(10).for_each(|start| append(entries(start..=start + 9, 3, 100)));
+    append(entries(101..=103, 3, 150_000));
+    (104..=203).step_by(10).for_each(|start| append(entries(start..=start + 9, 3, 100)));
     (store, log)
 }
