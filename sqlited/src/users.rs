@@ -276,7 +276,7 @@ impl Users {
         }
     }
 
-    /// Whether [`Self::save`] has anything to do.
+    /// Whether there is anything to save.
     pub fn is_dirty(&self) -> bool {
         self.required_dirty || !self.dirty.is_empty()
     }
