@@ -73,7 +73,7 @@ resqlite::define_metrics! {
         pub commit: Histogram = "resqlite_raft_commit_seconds", LATENCY_SECONDS;
         /// One group written to the log and made durable.
         pub append: Histogram = "resqlite_raft_append_seconds", LATENCY_SECONDS;
-        /// One sync of the log's file: sled's flush and our fdatasync.
+        /// One sync of the log: of its journal, or of sled's file.
         pub fsync: Histogram = "resqlite_raft_fsync_seconds", LATENCY_SECONDS;
         /// How many entries one group carried.
         pub append_batch: Histogram = "resqlite_raft_append_batch_entries", SIZES;

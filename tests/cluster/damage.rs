@@ -25,22 +25,46 @@ const MARKER: &str = "a value that somebody on the way will change, and that nob
 async fn a_damaged_log_ends_raftd_for_good_and_says_what_to_do() {
     let mut cluster = Cluster::start(3).await;
     execute(&mut cluster.client(0), &format!("create table t as select '{MARKER}' as a")).await.unwrap();
+    execute(&mut cluster.client(0), "insert into t values ('later')").await.unwrap();
     cluster.wait_until_level().await;
     cluster.kill(0, Daemon::Sqlited);
     cluster.kill(0, Daemon::Raftd);
-    let log = cluster.path().join("node1/raft/log/db");
-    let bytes = fs::read(&log).unwrap();
+    // A young log is in the journal; the next start that succeeds brings it to sled.
+    let (journal, at) = changed(&cluster, "journal");
+    expect_refusal(&mut cluster, "damaged: its journal: frame ");
+    journal.write_all_at(&MARKER.as_bytes()[..1], at).unwrap();
+    cluster.launch_daemon(0, Daemon::Raftd);
+    eventually("raftd is up on the mended log", || async {
+        raftd_log(&cluster).rsplit_once("resqlite node replace")?.1.contains("raftd is up").then_some(())
+    })
+    .await;
+    cluster.kill(0, Daemon::Raftd);
+    changed(&cluster, "log/db");
+    expect_refusal(&mut cluster, "damaged at index ");
+}
+
+/// Changes the marker's first byte in a file of the first node's raftd.
+fn changed(cluster: &Cluster, name: &str) -> (fs::File, u64) {
+    let path = cluster.path().join("node1/raft").join(name);
+    let bytes = fs::read(&path).unwrap();
     let found = bytes.windows(MARKER.len()).position(|window| window == MARKER.as_bytes());
     let at = found.expect("the log holds the request, as it is") as u64;
-    fs::File::options().write(true).open(&log).unwrap().write_all_at(b"X", at).unwrap();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(b"X", at).unwrap();
+    (file, at)
+}
 
+fn expect_refusal(cluster: &mut Cluster, words: &str) {
     cluster.launch_daemon(0, Daemon::Raftd);
     assert_eq!(cluster.wait(0, Daemon::Raftd).code(), Some(78), "the service manager leaves it at that");
-    let said = fs::read_to_string(cluster.path().join("node1/raftd.log")).unwrap();
-    let said = said.lines().last().unwrap();
-    for part in ["node1/raft/log", "damaged at index ", "resqlite node replace"] {
+    let said = raftd_log(cluster).lines().last().unwrap().to_owned();
+    for part in ["node1/raft/log", words, "resqlite node replace"] {
         assert!(said.contains(part), "{part:?} is not in: {said}");
     }
+}
+
+fn raftd_log(cluster: &Cluster) -> String {
+    fs::read_to_string(cluster.path().join("node1/raftd.log")).unwrap()
 }
 
 /// Hands on what comes to a port, and changes one byte of the marker while it is told to.

@@ -7,8 +7,10 @@ use crate::harness::{Cluster, Daemon, execute, program};
 /// How many `fdatasync` calls on the log each node's raftd has completed so far.
 fn completed_syncs(cluster: &Cluster) -> Vec<usize> {
     let trace = |node: usize| cluster.path().join(format!("strace{node}"));
-    let is_log_sync =
-        |line: &&str| line.contains("fdatasync(") && line.contains("/db>") && line.ends_with("= 0");
+    let is_log_sync = |line: &&str| {
+        let is_of_log = line.contains("/raft/journal>") || line.contains("/raft/log/db>");
+        line.contains("fdatasync(") && is_of_log && line.ends_with("= 0")
+    };
     let count =
         |node| fs::read_to_string(trace(node)).unwrap_or_default().lines().filter(is_log_sync).count();
     (0..cluster.size()).map(count).collect()

@@ -219,6 +219,12 @@ async fn ten_thousand_idle_connections_keep_nobody_out() {
         (closed >= 5_000.0).then_some(())
     })
     .await;
+    drop(streams);
+    eventually("the seats are free again", || async {
+        let open = cluster.metric(0, Daemon::Sqlited, "resqlite_sql_connections").await;
+        (open < 100.0).then_some(())
+    })
+    .await;
     // All of one address: it takes away from its own only.
     while_another_is_served(&cluster, async {
         let mut more = Vec::new();
@@ -234,7 +240,6 @@ async fn ten_thousand_idle_connections_keep_nobody_out() {
         .await;
     })
     .await;
-    drop(streams);
 }
 
 #[tokio::test(flavor = "multi_thread")]
